@@ -1,0 +1,263 @@
+"""Where Hydra comes in: compose, choose the run folder, hand the configuration to `subspace_lab.run`.
+
+Imports Hydra and nothing heavier. Before Hydra creates a folder the configuration is composed once here (`_prepare`), so that
+mistakes leave nothing behind, `resume=auto` can point Hydra at an earlier folder, and a sweep that cannot work is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import hydra
+from hydra import initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from subspace_lab import catalog, interrupt, rundir, schema, sweeps
+from subspace_lab.errors import Interrupted, UserError
+from subspace_lab.hydra_errors import CONFIG_ERRORS, explain
+
+log = logging.getLogger(__name__)
+
+# Cached, so that every use in a run and every job of a sweep sees one id.
+OmegaConf.register_new_resolver("run_id", rundir.run_id, use_cache=True, replace=True)
+
+
+class Stop(BaseException):
+    """Carries an exception out of a single run past Hydra, which would print it in its own words."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run what the command line asks for and return the exit code.
+
+    Args:
+        argv: Hydra's flags and overrides, without the program's name.
+
+    Raises:
+        UserError, Interrupted: see `subspace_lab.errors`; anything else is a bug.
+    """
+    options, overrides = _parse(argv)
+    try:
+        if not options.shows_only:
+            extra = _prepare(options, overrides)
+            if extra is None:
+                return 0
+            overrides += extra
+        # Lightning starts the other ranks of a run with this very command line.
+        sys.argv = [sys.argv[0], *options.flags, *overrides]
+        _hydra_main()
+    except Stop as stop:
+        assert stop.__cause__ is not None
+        raise stop.__cause__ from None
+    except CONFIG_ERRORS as error:
+        raise explain(error, overrides, compose_config) from error
+    return 0
+
+
+def resume(argv: Sequence[str]) -> int:
+    """Continue the run in a folder: `resume RUN_DIR [overrides]`, from its own overrides and the folder it was started in.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    if not argv or argv[0].startswith("-") or "=" in argv[0]:
+        raise UserError("resume needs a run folder", hint="subspace-lab resume outputs/NAME/RUN_ID [key=value …]")
+    run_dir = Path(argv[0]).resolve()
+    saved = run_dir / ".hydra" / "overrides.yaml"
+    if not saved.is_file():
+        near = sorted(path.parent.parent for path in run_dir.glob("**/.hydra/overrides.yaml"))
+        hint = f"did you mean {near[-1]}?" if near else "a run folder has .hydra/overrides.yaml in it"
+        raise UserError(f"{argv[0]} is no run folder", hint=hint)
+    if rundir.status(run_dir) == "completed" and len(argv) == 1:
+        print(f"{run_dir} is already finished; to train it further give a larger trainer.max_steps", file=sys.stderr)
+        return 0
+    overrides = [str(text) for text in OmegaConf.load(saved)]
+    kept = [text for text in overrides if not text.lstrip("+").startswith(("resume=", "hydra."))]
+    origin = OmegaConf.load(run_dir / ".hydra" / "hydra.yaml") if (run_dir / ".hydra" / "hydra.yaml").is_file() else None
+    if origin is not None:
+        # Relative paths in the overrides are meant from where the run was started.
+        with contextlib.suppress(OSError):
+            os.chdir(str(OmegaConf.select(origin, "hydra.runtime.cwd", default=".")))
+        added = OmegaConf.select(origin, "hydra.runtime.config_sources", default=[])
+        folders = [source.path for source in added if source.provider == "command-line"]
+        if folders:
+            kept.append(f"hydra.searchpath=[{','.join(sweeps.quote(f'file://{folder}') for folder in folders)}]")
+    return main([*kept, f"resume={sweeps.quote(str(run_dir))}", f"hydra.run.dir={sweeps.quote(str(run_dir))}", *argv[1:]])
+
+
+def compose_config(overrides: Sequence[str]) -> DictConfig:
+    """Compose a configuration (without its `hydra` node), inside a running Hydra job or outside one.
+
+    `name` is put in as text, from the choices of these overrides.
+    """
+    with _initialized():
+        cfg = _compose(list(overrides), multirun=False)
+    return _without_hydra(cfg)
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Split Hydra's flags from the overrides; `flags` are kept as typed."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--run", "-r", action="store_true")
+    parser.add_argument("--config-dir", "-cd")
+    parser.add_argument("--config-name", "-cn", default="config")
+    shows = [
+        parser.add_argument("--cfg", "-c", choices=["job", "hydra", "all"]),
+        parser.add_argument("--package", "-p"),
+        parser.add_argument("--info", "-i", nargs="?", const="all", choices=["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]),
+        parser.add_argument("--experimental-rerun"),
+        parser.add_argument("--resolve", action="store_true"),
+        parser.add_argument("--hydra-help", action="store_true"),
+        parser.add_argument("--shell-completion", "-sc", action="store_true"),
+    ]
+    try:
+        options, rest = parser.parse_known_args(list(argv))
+    except argparse.ArgumentError as error:
+        raise UserError(str(error), hint="see subspace-lab --help") from None
+    unknown = [word for word in rest if word.startswith("-")]
+    if unknown:
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        near = schema.nearest(unknown[0], [*known, "--help", "--version", "--debug"])
+        raise UserError(f"unknown flag '{unknown[0]}'", hint=f"did you mean '{near}'?" if near else "see subspace-lab --help")
+    chosen = set(rest)
+    options.flags = [word for word in argv if word not in chosen]
+    options.shows_only = any(getattr(options, action.dest) for action in shows)
+    # `+experiment=x` is what other Hydra projects need; here every group is in the defaults list already.
+    known_groups = tuple(f"+{group}=" for group in catalog.groups())
+    return options, [word[1:] if word.startswith(known_groups) else word for word in rest]
+
+
+def _prepare(options: argparse.Namespace, overrides: list[str]) -> list[str] | None:
+    """Compose once, before Hydra runs; return overrides to add, or None if there is nothing left to do."""
+    searchpath = [f"hydra.searchpath=[{sweeps.quote(f'file://{Path(options.config_dir).resolve()}')}]"] if options.config_dir else []
+    with _initialized():
+        cfg = _compose([*overrides, *searchpath], multirun=options.multirun, config_name=options.config_name)
+        if cfg.hydra.mode == RunMode.MULTIRUN or options.multirun:
+            return sweeps.prepare(cfg, overrides, lambda single: _compose([*single, *searchpath], multirun=False))
+        job = _without_hydra(cfg)
+        schema.validate(job)
+        return _choose_run_dir(job, overrides)
+
+
+def _choose_run_dir(job: DictConfig, overrides: list[str]) -> list[str] | None:
+    """Return the overrides that put a single run into its folder, or None if it is already finished."""
+    planned = Path(job.paths.output_dir)
+    if any(text.startswith("hydra.run.dir=") for text in overrides):
+        rundir.check_free(planned)
+        return []
+    wanted = schema.config_hash(job)
+    found = rundir.newest(planned.parent, wanted) if job.resume == "auto" else None
+    if found is not None and found.completed:
+        print(f"already finished, nothing to do: {found.path}", file=sys.stderr)
+        return None
+    if found is not None:
+        rundir.check_free(found.path)
+        print(f"continuing {found.path}", file=sys.stderr)
+        return [f"hydra.run.dir={sweeps.quote(str(found.path))}"]
+    if rundir.slurm_id() is None:
+        return []
+    # A requeued job comes back with its id: it goes on in its folder, asked to or not.
+    requeued = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0") and job.resume is None
+    return [f"hydra.run.dir={sweeps.quote(str(rundir.unused(planned, wanted)))}", *(["resume=auto"] if requeued else [])]
+
+
+@hydra.main(config_path="pkg://subspace_lab.conf", config_name="config", version_base="1.3")
+def _hydra_main(cfg: DictConfig) -> float | None:
+    return task(cfg)
+
+
+def task(cfg: DictConfig) -> float | None:
+    """Run one job inside Hydra: validate, lock the folder, train.
+
+    Under submitit this is the first of our code to run in the remote process.
+    """
+    interrupt.install()
+    hydra_cfg = HydraConfig.get()
+    output_dir = Path(hydra_cfg.runtime.output_dir)
+    in_sweep = hydra_cfg.mode == RunMode.MULTIRUN
+    try:
+        schema.validate(cfg)
+        if in_sweep:
+            sweeps.refuse_local_ddp(cfg, hydra_cfg)
+            if cfg.resume == "auto" and rundir.status(output_dir) == "completed":
+                log.info("already finished: %s", output_dir)
+                return sweeps.stored_objective(output_dir)
+        from subspace_lab.run import run
+
+        with rundir.locked(output_dir):
+            return run(cfg)
+    except Interrupted as stopped:
+        interrupt.chain()
+        raise Stop from stopped
+    except Exception as error:
+        _write_traceback(output_dir, error)
+        if not in_sweep:
+            raise Stop from error
+        # Hydra goes on with the sweep's other jobs and raises this at the end.
+        log.error("%s: %s", output_dir, error)
+        raise
+
+
+def _write_traceback(output_dir: Path, error: Exception) -> None:
+    with contextlib.suppress(OSError), open(output_dir / "run.log", "a", encoding="utf-8") as file:
+        file.write("".join(traceback.format_exception(error)))
+    if not hasattr(error, "log_path"):
+        error.log_path = output_dir / "run.log"  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _initialized() -> Iterator[None]:
+    if GlobalHydra.instance().is_initialized():
+        yield
+        return
+    with initialize_config_module("subspace_lab.conf", version_base="1.3", job_name="run"):
+        yield
+
+
+def _compose(overrides: list[str], *, multirun: bool, config_name: str = "config") -> DictConfig:
+    hydra_app = GlobalHydra.instance().hydra
+    assert hydra_app is not None
+    return hydra_app.compose_config(
+        config_name=config_name,
+        overrides=overrides,
+        run_mode=RunMode.MULTIRUN if multirun else RunMode.RUN,
+        with_log_configuration=False,
+        validate_sweep_overrides=not multirun,
+    )
+
+
+@contextlib.contextmanager
+def _hydra_config(cfg: DictConfig) -> Iterator[None]:
+    """Let `${hydra:…}` mean `cfg.hydra` for a while."""
+    holder = HydraConfig.instance()
+    before = holder.cfg
+    holder.set_config(cfg)
+    try:
+        yield
+    finally:
+        holder.cfg = before
+
+
+def _without_hydra(cfg: DictConfig) -> DictConfig:
+    """Return a job's part of a composed configuration, with the values that need `${hydra:…}` put in."""
+    in_job = HydraConfig.initialized()
+    with _hydra_config(cfg):
+        name = schema.read(cfg, "name", "")
+        run_dir = schema.read(cfg.hydra.run, "dir", "hydra.run")
+    job = cfg.copy()
+    with read_write(job), open_dict(job):
+        del job["hydra"]
+        job.name = name
+        if not in_job:
+            job.paths.output_dir = str(Path(run_dir).absolute())
+    return job

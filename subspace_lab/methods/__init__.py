@@ -1,0 +1,1 @@
+"""Methods: which parameters may move in which directions.  One file per family; papers are YAML."""

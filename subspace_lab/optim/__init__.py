@@ -1,0 +1,5 @@
+"""Optimizers inside subspaces."""
+
+from subspace_lab.optim.subspace_optimizer import SubspaceOptimizer
+
+__all__ = ["SubspaceOptimizer"]

@@ -1,0 +1,74 @@
+"""The subspace optimizer's state as per-weight entries, and back into stacks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from subspace_lab.optim.stack import Stack
+
+if TYPE_CHECKING:
+    from subspace_lab.optim.subspace_optimizer import SubspaceOptimizer
+
+Entries = dict[str, dict[str, Any]]
+
+
+def export_state(optimizer: SubspaceOptimizer) -> Entries:
+    """Parameter name -> {t, subspace.*, inner.*}: what it was stacked with leaves no trace."""
+    names = {p: n for g in optimizer.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
+    entries: Entries = {}
+    for unit in optimizer.units:
+        for s in unit.stacks:
+            for i, key in enumerate(s.keys):
+                entry: dict[str, Any] = {"t": s.t}
+                entry |= {f"subspace.{k}": v for k, v in s.subspace.member_state(i).items()}
+                state = unit.inner.state.get(s.coords[0 if s.stacked else i], {})
+                entry |= {f"inner.{k}": _member(s, v, i) for k, v in state.items()}
+                entries[key] = entry
+        for _, params in unit.plain:
+            for p in params:
+                entries[names[p]] = {"t": unit.t} | {f"inner.{k}": v for k, v in unit.inner.state.get(p, {}).items()}
+    return entries
+
+
+def _member(s: Stack, value: Any, i: int) -> Any:
+    if s.stacked and isinstance(value, Tensor) and value.ndim:
+        return value[i]
+    return value
+
+
+def _strip(entry: dict[str, Any], prefix: str) -> dict[str, Any]:
+    # Copies: entries of one former stack share its counters, and a caller may go on using what it saved.
+    return {
+        k.removeprefix(prefix): v.clone() if isinstance(v, Tensor) else v
+        for k, v in entry.items()
+        if k.startswith(prefix)
+    }
+
+
+def import_state(optimizer: SubspaceOptimizer, entries: Entries) -> None:
+    """Fill freshly built stacks and inner optimizers from `export_state`'s entries."""
+    names = {p: n for g in optimizer.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
+    for unit in optimizer.units:
+        states: list[dict[str, Any]] = []  # one per inner parameter, in the inner optimizer's order
+        for s in unit.stacks:
+            mine = [entries.get(k, {}) for k in s.keys]
+            if all(mine):
+                s.subspace.load_members([_strip(e, "subspace.") for e in mine])
+            inner = [_strip(e, "inner.") for e in mine]
+            states += [_join(inner)] if s.stacked else inner
+        for _, params in unit.plain:
+            states += [_strip(entries.get(names[p], {}), "inner.") for p in params]
+        template = unit.inner.state_dict()
+        template["state"] = {i: state for i, state in enumerate(states) if state}
+        unit.inner.load_state_dict(template)
+
+
+def _join(members: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack the members' moments; counters are equal by construction of the stack."""
+    return {
+        k: torch.stack([m[k] for m in members]) if isinstance(v, Tensor) and v.ndim else v
+        for k, v in members[0].items()
+    }

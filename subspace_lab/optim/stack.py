@@ -1,0 +1,182 @@
+"""Same-shape weights as one stack of matrices (B, p, q), with their subspace and their coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from subspace_lab.subspaces.base import Members, Subspace
+
+# Entries that one chunk may hold.  On a GPU large batches hide launch cost; on a CPU large matrices are better
+# multiplied where they lie, one by one, and only small ones are worth copying together.
+CHUNK_ENTRIES = {"cuda": 1 << 26, "cpu": 1 << 16}
+
+
+def as_matrix(t: Tensor) -> Tensor:
+    """A weight as (out, everything else): convolutions become out × (in·kh·kw), vectors one row."""
+    return t.reshape(t.shape[0], -1) if t.ndim > 1 else t.reshape(1, -1)
+
+
+def orientation(weight: Tensor, side: str) -> bool:
+    """Whether `weight` is transposed so that the basis side becomes the last dimension."""
+    m, n = as_matrix(weight).shape
+    return {"short": m < n, "long": m >= n, "right": False, "left": True}[side]
+
+
+class Stack:
+    """B weights that are stepped together.
+
+    Attributes:
+        params: the weights; natively oriented ones first.
+        shape: (B, p, q) as the subspace sees them.
+        group: index of the outer parameter group.
+        t: steps that these weights have taken; they share it, which is what lets them share Adam's counters.
+        offsets: shift of each weight's refreshes inside the interval.
+        coords: the inner optimizer's parameters: one stacked (B, p, r), or one (p, r) each.
+    """
+
+    def __init__(
+        self,
+        named: Sequence[tuple[str, nn.Parameter]],
+        subspace: Subspace,
+        *,
+        group: int,
+        flat: bool,
+        stacked: bool,
+        offsets: dict[str, int],
+        t: int = 0,
+    ) -> None:
+        self.flat, self.group, self.t = flat, group, t
+        side = subspace.side
+        if flat:
+            named = sorted(named, key=lambda item: item[0])  # independent of parameter order
+            self.transposed = [False]
+            self.keys = [f"flat.{group}"]
+            self.shape = (1, 1, sum(p.numel() for _, p in named))
+        else:
+            named = sorted(named, key=lambda item: (orientation(item[1], side), item[0]))
+            self.transposed = [orientation(p, side) for _, p in named]
+            self.keys = [n for n, _ in named]
+            m, n = as_matrix(named[0][1]).shape
+            self.shape = (len(named), n, m) if self.transposed[0] else (len(named), m, n)
+        self.names = [n for n, _ in named]
+        self.params: list[Tensor] = [p for _, p in named]
+        self.natives = self.transposed.count(False)
+        self.offsets = [offsets[k] for k in self.keys]
+        self.device = self.params[0].device
+        self.subspace = subspace.allocate(self.shape, names=self.keys, device=self.device, transposed=self.transposed)
+        ready = self.subspace.ready()
+        self.unsure = ready is not None and not ready.is_meta
+        B, p, r = self.subspace.coordinates
+        self.coordinates = (B, p, r)
+        count = 1 if stacked else B
+        self.stacked = stacked
+        self._empty = (0, 0, 0) if stacked else (0, 0)  # of the right number of dimensions: Muon looks at it
+        self.coords = [nn.Parameter(torch.empty(self._empty, device=self.device)) for _ in range(count)]
+
+    @property
+    def B(self) -> int:
+        """Number of weights."""
+        return self.shape[0]
+
+    def chunks(self) -> list[slice]:
+        """Slices over the stack that keep temporary copies small."""
+        limit = CHUNK_ENTRIES.get(self.device.type, CHUNK_ENTRIES["cuda"])
+        size = max(1, limit // (self.shape[1] * self.shape[2]))
+        return [slice(i, min(i + size, self.B)) for i in range(0, self.B, size)]
+
+    def matrix(self, t: Tensor, i: int) -> Tensor:
+        """Member i's tensor (weight or gradient) as the (p, q) view the subspace sees."""
+        M = as_matrix(t)
+        return M.mT if self.transposed[i] else M
+
+    def gather(self, tensors: Sequence[Tensor], members: slice) -> Tensor:
+        """Stack tensors shaped like the weights; a single one is viewed, not copied."""
+        if self.flat:
+            return torch.cat([t.reshape(-1) for t in tensors]).reshape(1, 1, -1)
+        if members.stop - members.start == 1:
+            return self.matrix(tensors[members.start], members.start).unsqueeze(0)
+        return torch.stack([self.matrix(tensors[i], i) for i in range(members.start, members.stop)])
+
+    def grads(self) -> list[Tensor]:
+        """The weights' gradients."""
+        return [p.grad for p in self.params if p.grad is not None]
+
+    def shrink_(self, factor: float) -> None:
+        """Decoupled weight decay on the full weights."""
+        torch._foreach_mul_(self.params, factor)
+
+    def add_(self, U: Tensor, members: slice, alpha: float) -> None:
+        """W += alpha · U for U (b, p, q)."""
+        if self.flat:
+            self._add_parts(self.params, U.reshape(-1).split_with_sizes([p.numel() for p in self.params]), alpha)
+            return
+        split = min(max(self.natives, members.start), members.stop)  # natives first, then the transposed
+        for begin, end in ((members.start, split), (split, members.stop)):
+            if begin < end:
+                part = U[begin - members.start : end - members.start]
+                part = part.mT.contiguous() if self.transposed[begin] else part
+                self._add_parts(self.params[begin:end], part.unbind(0), alpha)
+
+    @staticmethod
+    def _add_parts(weights: list[Tensor], parts: Sequence[Tensor], alpha: float) -> None:
+        updates = [u.to(w.dtype).view_as(w) for u, w in zip(parts, weights, strict=True)]
+        torch._foreach_add_(weights, updates, alpha=alpha)
+
+    def assign_(self, W: Tensor, members: slice) -> None:
+        """W <- new weights (b, p, q)."""
+        for i in range(members.start, members.stop):
+            self.matrix(self.params[i].data, i).copy_(W[i - members.start])
+
+    def due(self, every: int) -> list[int]:
+        """Members whose basis is chosen anew at step t; all of them at t = 0."""
+        if self.subspace.every_step or self.t == 0:
+            return list(range(self.B))
+        if every <= 0:
+            return self._late()
+        return [i for i, o in enumerate(self.offsets) if (self.t - o) % every == 0] or self._late()
+
+    def _late(self) -> list[int]:
+        """Members still without directions of their own (a zero or bad first gradient).
+
+        Asked at steps 1, 2, 4, 8 … until none is left, normally once: the only read of device memory in a step.
+        """
+        if not self.unsure or self.t & (self.t - 1):
+            return []
+        ready = self.subspace.ready()
+        assert ready is not None
+        late = [i for i, r in enumerate(ready.tolist()) if not r]  # host read, see above
+        self.unsure = bool(late)
+        return late
+
+    def refresh(
+        self, A: Tensor, chunk: slice, due: list[int], W: Tensor | None
+    ) -> tuple[Members, Tensor | None] | None:
+        """Refresh the members of `chunk` that are due; returns (members, change of basis)."""
+        mine = [i for i in due if chunk.start <= i < chunk.stop]
+        if not mine:
+            return None
+        if len(mine) == chunk.stop - chunk.start:
+            return chunk, self.subspace.refresh(A, chunk, W)
+        rows = [i - chunk.start for i in mine]
+        return mine, self.subspace.refresh(A[rows], mine, None if W is None else W[rows])
+
+    # -- coordinates as the inner optimizer's parameters ---------------------------------------------------------
+
+    def load_coordinates(self, Z: Tensor, start: Tensor | None) -> Tensor:
+        """Point the inner parameters at `start` (zeros) with gradient Z (B, p, r); returns the tensor that will move."""
+        step = torch.zeros_like(Z) if start is None else start.clone()
+        if self.stacked:
+            self.coords[0].data, self.coords[0].grad = step, Z
+        else:
+            for c, s, z in zip(self.coords, step.unbind(0), Z.unbind(0), strict=True):
+                c.data, c.grad = s, z
+        return step
+
+    def free_coordinates(self) -> None:
+        """Nothing of the coordinates outlives a step but the moments."""
+        for c in self.coords:
+            c.grad = None
+            c.data = torch.empty(self._empty, device=self.device)

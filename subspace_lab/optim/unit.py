@@ -1,0 +1,176 @@
+"""Weights that one inner optimizer steps together: all of them, or a single one in per-layer mode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from subspace_lab.optim.meter import Meter
+from subspace_lab.optim.moments import Moments, carry_over
+from subspace_lab.optim.stack import Stack
+from subspace_lab.optim.traits import OptimizerFactory, couples_decay, reads_weight
+from subspace_lab.subspaces.base import Subspace
+
+# Keys of an outer group that are ours; all others are the inner optimizer's and are passed on at every step.
+OWN_KEYS = frozenset({"params", "param_names", "subspace", "flat", "scale", "weight_decay", "kind"})
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The policies of `SubspaceOptimizer`, documented there."""
+
+    refresh_every: int
+    moments: Moments
+    stagger: bool
+    decay: Literal["full", "inside"] | None
+    eps_before_correction: bool
+    decay_after: bool
+
+
+class Unit:
+    """Stacks of projected weights and plain weights with their inner optimizer.
+
+    Args:
+        stacks: the projected weights.
+        plain: (outer group, weights) left to the inner optimizer as they are.
+        outer: the outer parameter groups; read at every step, so schedulers act on them.
+        t: steps taken by the plain weights.
+    """
+
+    def __init__(
+        self,
+        stacks: list[Stack],
+        plain: list[tuple[int, list[nn.Parameter]]],
+        outer: list[dict[str, Any]],
+        factory: OptimizerFactory,
+        rules: Rules,
+        meter: Meter,
+        t: int = 0,
+    ) -> None:
+        self.stacks, self.plain, self.outer, self.t = stacks, plain, outer, t
+        self.factory, self.rules, self.meter = factory, rules, meter
+        self.owners: list[tuple[int, Stack | None]] = [(s.group, s) for s in stacks] + [(g, None) for g, _ in plain]
+        groups = [{"params": s.coords, "kind": "matrix", **self._options(s.group, s)} for s in stacks]
+        groups += [{"params": ps, "kind": outer[g]["kind"], **self._options(g, None)} for g, ps in plain]
+        self.inner = factory(groups)
+
+    def weights(self) -> list[Tensor]:
+        """All weights of the unit."""
+        return [p for s in self.stacks for p in s.params] + [p for _, ps in self.plain for p in ps]
+
+    def step(self) -> None:
+        """One step of every weight that has a gradient."""
+        self._sync_options()
+        moved = []
+        for s in self.stacks:
+            if s.params[0].grad is not None:
+                Z = self._collect(s)
+                start = self._weights_inside(s) if reads_weight(self.factory) else None
+                moved.append((s, s.load_coordinates(Z, start), start))
+        self.inner.step()
+        for s, step, start in moved:
+            s.free_coordinates()
+            self._apply(s, step if start is None else step - start)
+            s.t += 1
+        self.t += 1
+        if self.rules.decay_after:
+            self._shrink_plain()
+
+    def _options(self, g: int, stack: Stack | None) -> dict[str, Any]:
+        """The inner optimizer's options for outer group g; decay of projected weights is ours."""
+        group = self.outer[g]
+        options = {k: v for k, v in group.items() if k not in OWN_KEYS}
+        if "weight_decay" in group:
+            ours = stack is not None or self.rules.decay_after
+            options["weight_decay"] = 0.0 if ours else group["weight_decay"]
+        return options
+
+    def _sync_options(self) -> None:
+        """Schedulers and users change the outer groups; the inner ones follow."""
+        for (g, stack), group in zip(self.owners, self.inner.param_groups, strict=True):
+            group.update(self._options(g, stack))
+            if self.rules.eps_before_correction and "betas" in group:
+                t = 1 + (self.t if stack is None else stack.t)
+                group["eps"] = group["eps"] / (1 - group["betas"][1] ** t) ** 0.5
+
+    def _collect(self, s: Stack) -> Tensor:
+        """Refresh what is due and project: coordinates of the gradient, Z (B, p, r)."""
+        group = self.outer[s.group]
+        grads = s.grads()
+        due = s.due(self.rules.refresh_every)
+        coupled = group.get("weight_decay") if couples_decay(self.factory, group) else 0.0
+        Z = torch.empty(s.coordinates, device=s.device)
+        energy: list[Tensor] = []
+        for chunk in s.chunks():
+            A = s.gather(grads, chunk)
+            W = s.gather(s.params, chunk) if coupled or s.subspace.needs_weight else None
+            if coupled and W is not None:
+                A = A + coupled * W
+            if due:
+                self._refresh(s, A, chunk, due, W)
+            Z[chunk] = s.subspace.project(A, chunk)
+            if self.meter.measure:
+                energy.append(A.float().square().sum())
+        # NaN and inf reach Z through any product; such a matrix takes a zero gradient this step.
+        good = torch.isfinite(Z.sum(dim=(1, 2)))
+        Z.masked_fill_(~good[:, None, None], 0.0)
+        if self.meter.measure:
+            self.meter.add_energy(Z, energy)
+        return Z
+
+    def _refresh(self, s: Stack, A: Tensor, chunk: slice, due: list[int], W: Tensor | None) -> None:
+        if s.subspace.every_step:
+            s.refresh(A, chunk, due, W)
+            return
+        with self.meter.watch.running(s.device):
+            done = s.refresh(A, chunk, due, W)
+        if done is not None:
+            members, change = done
+            self.meter.refreshes += len(range(s.B)[members]) if isinstance(members, slice) else len(members)
+            carry_over(self.inner, s, members, change, self.rules.moments)
+
+    @staticmethod
+    def _weights_inside(s: Stack) -> Tensor:
+        """Coordinates of the weights themselves (B, p, r)."""
+        return torch.cat([s.subspace.project(s.gather(s.params, c), c) for c in s.chunks()])
+
+    def _apply(self, s: Stack, step: Tensor) -> None:
+        """W <- W + scale · lift(step), or a retraction, with decoupled weight decay."""
+        group = self.outer[s.group]
+        decay = 0.0 if couples_decay(self.factory, group) else float(group["lr"]) * (group.get("weight_decay") or 0.0)
+        inside = (self.rules.decay or ("inside" if s.subspace.protects else "full")) == "inside"
+        if decay and not inside and not self.rules.decay_after:
+            s.shrink_(1 - decay)
+        scale = float(group["scale"])
+        curved = type(s.subspace).retract is not Subspace.retract
+        for chunk in s.chunks():
+            weights = s.gather(s.params, chunk) if curved or (decay and inside) else None
+            Z = step[chunk]
+            if decay and inside and weights is not None:
+                Z = Z - (decay / scale) * s.subspace.project(weights, chunk)
+            if curved and weights is not None:
+                s.assign_(s.subspace.retract(weights, scale * s.subspace.lift(Z, chunk), chunk), chunk)
+            elif not _add_in_place(s, Z, chunk, scale):
+                s.add_(s.subspace.lift(Z, chunk), chunk, scale)
+        if decay and not inside and self.rules.decay_after:
+            s.shrink_(1 - decay)
+
+    def _shrink_plain(self) -> None:
+        for g, params in self.plain:
+            decay = self.outer[g]["lr"] * (self.outer[g].get("weight_decay") or 0.0)
+            moved: list[Tensor] = [p for p in params if p.grad is not None]
+            if decay and moved:
+                torch._foreach_mul_(moved, 1 - decay)
+
+
+def _add_in_place(s: Stack, Z: Tensor, chunk: slice, scale: float) -> bool:
+    """One large fp32 matrix: W.addmm_(Z, Pᵀ), which needs no full-size temporary."""
+    factors = s.subspace.factors(chunk)
+    W = s.params[chunk.start]
+    if factors is None or s.flat or chunk.stop - chunk.start > 1 or W.dtype != Z.dtype:
+        return False
+    s.matrix(W, chunk.start).addmm_(Z[0], factors[0], alpha=scale)
+    return True

@@ -1,0 +1,167 @@
+"""`estimate=true`: how much memory a run would need, without data, weights or a GPU.
+
+The model is built from shapes only (torch's fake tensors). The optimizer's state is what one real step of it leaves behind;
+activations are the tensors that a forward pass saves for the backward pass, each storage counted once and weights left out.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from subspace_lab import build
+from subspace_lab.errors import UserError
+from subspace_lab.reporting.tables import write_bytes
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from torch import nn
+
+    from subspace_lab.methods.base import Method
+    from subspace_lab.training.trainer import TrainerPlan
+
+# The published runs' tokenizers (T5's, LLaMA's) have 32000 pieces: taken when the tokenizer is not on this machine.
+USUAL_VOCABULARY = 32000
+
+
+@dataclass
+class Memory:
+    """Bytes per device of one configuration.
+
+    Attributes:
+        weights: parameters in their training precision.
+        gradients: alive together at the end of the backward pass (per-layer updates: the largest one).
+        state: the optimizer's tensors, bases included.
+        activations: saved for the backward pass of one micro-batch.
+        parameters: number of them.
+    """
+
+    weights: int
+    gradients: int
+    state: int
+    activations: int
+    parameters: int
+
+    @property
+    def total(self) -> int:
+        """Everything together; kernels' work space and fragmentation come on top."""
+        return self.weights + self.gradients + self.state + self.activations
+
+
+def print_estimate(runs: Sequence[tuple[str, DictConfig]]) -> None:
+    """Print the memory table of some configurations side by side.
+
+    Args:
+        runs: (column title, configuration), the run itself first.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    notes: list[str] = []
+    columns = [(label, estimate(cfg, notes)) for label, cfg in runs]
+    cfg, first = runs[0][1], columns[0][1]
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for label, _ in columns:
+        table.add_column(label, justify="right")
+    for row in ("weights", "gradients", "state", "activations", "total"):
+        table.add_row("optimizer state" if row == "state" else row, *(write_bytes(getattr(memory, row)) for _, memory in columns))
+    console = Console()
+    console.print(f"memory per device: {first.parameters / 1e6:,.1f} M parameters, {cfg.trainer.precision}, ", end="")
+    console.print(f"micro-batches of {cfg.data.batch_size} × {cfg.data.block_size} tokens")
+    console.print(table)
+    for line in dict.fromkeys(notes):
+        console.print(line)
+
+
+def estimate(cfg: DictConfig, notes: list[str]) -> Memory:
+    """Return the memory of one configuration; what had to be assumed is appended to `notes`."""
+    import torch
+
+    plan: TrainerPlan = build.instantiate(cfg.trainer)
+    method = build.build_method(cfg)
+    data = build.build_data(cfg)
+    low = torch.bfloat16 if plan.precision.startswith("bf16") else torch.float16
+    with _fake():
+        model = build.build_model(cfg, _Vocabulary(_vocabulary(cfg, data, notes)))  # type: ignore[arg-type]
+        method.prepare(model)
+        mixed = plan.precision.endswith("mixed")
+        if mixed or plan.precision == "bf16-true":
+            model = model.to(low)
+        activations = _saved_bytes(model, data.batch_size, data.block_size)  # type: ignore[attr-defined]
+        if mixed:
+            model = model.float()  # mixed precision computes in 16 bits but keeps weights, gradients and state in 32
+        parameters = list(model.parameters())
+        sizes = [p.numel() * p.element_size() for p in parameters]
+        return Memory(
+            weights=sum(sizes),
+            gradients=max(sizes) if method.per_layer else sum(sizes),
+            state=_state_bytes(cfg, method, model),
+            activations=activations,
+            parameters=sum(p.numel() for p in parameters),
+        )
+
+
+@dataclass
+class _Vocabulary:
+    vocab_size: int
+
+
+def _vocabulary(cfg: DictConfig, data: Any, notes: list[str]) -> int:
+    if cfg.model.get("vocab_size") is not None:
+        return int(cfg.model.vocab_size)
+    tokenizer = str(cfg.data.get("tokenizer", ""))
+    if tokenizer == "bytes" or Path(tokenizer).exists():
+        return int(data.vocab_size)
+    notes.append(f"the tokenizer {tokenizer} is not looked up: a vocabulary of {USUAL_VOCABULARY} (set model.vocab_size)")
+    return USUAL_VOCABULARY
+
+
+@contextmanager
+def _fake() -> Iterator[None]:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+    gc.collect()
+
+
+def _saved_bytes(model: nn.Module, batch_size: int, block_size: int) -> int:
+    import torch
+
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, Any] = {}  # the storages themselves too: a freed one's address may come again
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    tokens = torch.zeros(batch_size, block_size, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(input_ids=tokens, labels=tokens).loss
+    total = sum(storage.nbytes() for storage in kept.values())
+    del loss
+    return total
+
+
+def _state_bytes(cfg: DictConfig, method: Method, model: nn.Module) -> int:
+    import torch
+
+    from subspace_lab.protocols.fit import state_bytes
+
+    method.per_layer = False  # the state is the same, and a step can be called
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    optimizer = build.build_optimizer(cfg, method, model)
+    try:
+        optimizer.step()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise UserError(f"optimizer={type(optimizer).__name__} cannot be estimated: {str(error).splitlines()[0]}") from error
+    return state_bytes(optimizer)

@@ -1,0 +1,209 @@
+"""One training run: build the parts, train (or continue), validate, export."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from subspace_lab import build
+from subspace_lab.errors import UserError
+from subspace_lab.protocols.outcome import Outcome
+from subspace_lab.training import environment
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule, Trainer
+    from omegaconf import DictConfig
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from subspace_lab.methods.base import Method
+    from subspace_lab.training.callbacks.checkpointing import Checkpointing
+    from subspace_lab.training.callbacks.method import MethodDriver
+    from subspace_lab.training.module import ExperimentModule
+    from subspace_lab.training.trainer import TrainerPlan
+
+EXPORT_FOLDER = "export"
+
+
+class Fit:
+    """Trains one model with one method on one data set."""
+
+    def run(self, cfg: DictConfig, run_dir: Path, *, label: str, resume_dir: Path) -> Outcome:
+        """Train, or continue from a checkpoint where `cfg.resume` asks for it, and return the figures.
+
+        Args:
+            cfg: the validated configuration.
+            run_dir: where checkpoints, rows and the export go.
+            label: what progress lines call this run.
+            resume_dir: the folder that `subspace-lab resume` would be given (of the main run, for a baseline).
+
+        Raises:
+            UserError: parts that do not fit together, a full disk, no usable checkpoint at the path given.
+            Interrupted: a signal asked to stop; everything is saved.
+        """
+        began = time.perf_counter()
+        environment.quiet_lightning()
+        plan: TrainerPlan = build.instantiate(cfg.trainer).resolve()
+        method = build.build_method(cfg)
+        data = build.build_data(cfg)
+        accumulation = plan.accumulation(data.batch_size, getattr(data, "global_batch_size", None))
+        plan.check_method(method, accumulation)
+        data.configure(plan.rank, plan.world_size, cfg.seed)
+        data.prepare_data()
+        data.setup("fit")
+
+        module, trainer, driver, checkpointing = self._assemble(cfg, plan, method, data, accumulation, run_dir, label, resume_dir)
+        checkpoint = find_checkpoint(cfg.resume, run_dir)
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        except SystemExit:  # Lightning's way to end on a second Ctrl-C, with an exit code of its own
+            raise KeyboardInterrupt from None
+        if checkpointing.validated_at != trainer.global_step or not module.validation:
+            trainer.validate(module, datamodule=data, verbose=False)
+        for logger in trainer.loggers:
+            logger.finalize("success")
+        if cfg.export and trainer.is_global_zero:
+            export(module.model, method, run_dir / EXPORT_FOLDER)
+        return self._outcome(trainer, module, driver, data, time.perf_counter() - began)
+
+    def _assemble(
+        self,
+        cfg: DictConfig,
+        plan: TrainerPlan,
+        method: Method,
+        data: LightningDataModule,
+        accumulation: int,
+        run_dir: Path,
+        label: str,
+        resume_dir: Path,
+    ) -> tuple[ExperimentModule, Trainer, MethodDriver, Checkpointing]:
+        from subspace_lab.training import rng
+        from subspace_lab.training.callbacks.checkpointing import Checkpointing
+        from subspace_lab.training.callbacks.interrupt import InterruptWatch
+        from subspace_lab.training.callbacks.method import MethodDriver
+        from subspace_lab.training.callbacks.progress import ProgressDisplay
+        from subspace_lab.training.callbacks.state import RunState
+        from subspace_lab.training.callbacks.timing import Timing
+        from subspace_lab.training.module import ExperimentModule
+        from subspace_lab.training.tasks import LanguageModeling
+
+        rng.seed(cfg.seed)
+        model = build.build_model(cfg, data)
+        module = ExperimentModule(
+            model,
+            LanguageModeling(),
+            method,
+            lambda method, model: build.build_optimizer(cfg, method, model),
+            lambda optimizer: build.build_scheduler(cfg, optimizer, plan.max_steps),
+            bytes_per_token=data.bytes_per_token,  # type: ignore[attr-defined]
+            compile_model=plan.compile,
+        )
+        timing = Timing()
+        driver = MethodDriver(plan.log_every, timing)
+        checkpointing = Checkpointing(run_dir, plan.checkpoint_every, timing)
+        callbacks: list[Any] = [RunState(), timing, driver]
+        callbacks += [build.instantiate(node) for node in (cfg.get("callbacks") or {}).values() if node is not None]
+        if plan.progress != "off":
+            callbacks.append(ProgressDisplay(driver, label, bar=plan.wants_bar()))
+        # The last two: everything else has seen the step before it is saved, and it is saved before the run may stop.
+        callbacks += [checkpointing, InterruptWatch(checkpointing, resume_dir)]
+        plain: Any = OmegaConf.to_container(cfg, resolve=True)
+        loggers = build.instantiate(cfg.logger).create(
+            run_dir, name=str(cfg.name), method=method.name, tags=list(cfg.tags), config=plain
+        )
+        trainer = plan.create(accumulation=accumulation, callbacks=callbacks, loggers=loggers, run_dir=run_dir)
+        return module, trainer, driver, checkpointing
+
+    def _outcome(
+        self, trainer: Trainer, module: ExperimentModule, driver: MethodDriver, data: Any, wall_seconds: float
+    ) -> Outcome:
+        from subspace_lab.training.callbacks.timing import peak_memory_bytes
+
+        timing, optimizer = driver.timing, trainer.optimizers[0]
+        parameters = list(module.model.parameters())
+        metrics = {
+            **module.validation,
+            "train/tokens_per_second": timing.tokens_per_second,
+            "optimizer/state_bytes": float(state_bytes(optimizer)),
+            "model/parameters": float(sum(p.numel() for p in parameters)),
+            **driver.figures(),
+        }
+        if driver.last_loss is not None:
+            metrics["train/loss"] = driver.last_loss
+        return Outcome(
+            metrics=metrics,
+            timing={
+                "steps": trainer.global_step,
+                "tokens": timing.tokens,
+                "train_seconds": timing.seconds,
+                "validation_seconds": timing.validation_seconds,
+                "wall_seconds": wall_seconds,
+                "tokens_per_second": timing.tokens_per_second,
+            },
+            memory={
+                "peak_bytes": peak_memory_bytes(trainer.strategy.root_device),
+                "optimizer_state_bytes": state_bytes(optimizer),
+                "weight_bytes": sum(p.numel() * p.element_size() for p in parameters),
+            },
+            data=data.describe(),
+        )
+
+
+def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
+    """Return the checkpoint to continue from, None to start anew.
+
+    Args:
+        resume: null; auto: the newest intact checkpoint of `run_dir`, if any; a run folder; a .ckpt file.
+        run_dir: this run's folder.
+
+    Raises:
+        UserError: a folder without a usable checkpoint was named, or a damaged file.
+    """
+    from subspace_lab.training import checkpoint as files
+
+    def tell(line: str) -> None:
+        if environment.is_main_process():
+            print(line, file=sys.stderr)
+
+    if resume is None:
+        return None
+    if resume != "auto" and Path(resume).is_file():
+        problem = files.damage(Path(resume))
+        if problem is not None:
+            raise UserError(f"checkpoint {resume} is damaged: {problem}")
+        return Path(resume)
+    folder = run_dir if resume == "auto" else Path(resume)
+    if not folder.is_dir() and resume != "auto":
+        raise UserError(f"resume={resume}: no such run folder or checkpoint")
+    found = files.newest_intact(folder, tell)
+    if found is None:
+        tell(f"no usable checkpoint in {folder}: starting from step 0")
+    else:
+        tell(f"continuing from step {files.step_of(found)} ({found})")
+    return found
+
+
+def export(model: nn.Module, method: Method, folder: Path) -> None:
+    """Write plain weights that the rest of the world loads: a transformers folder, else one safetensors file."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in method.export(model).items()}
+    save = getattr(model, "save_pretrained", None)
+    if save is not None:
+        save(folder, state_dict=weights)
+        return
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "model.safetensors")
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Return the bytes of all tensors an optimizer keeps between steps."""
+    own = getattr(optimizer, "state_bytes", None)
+    if own is not None:
+        return int(own())
+    tensors = [value for state in optimizer.state.values() for value in state.values() if hasattr(value, "element_size")]
+    return sum(t.numel() * t.element_size() for t in tensors)

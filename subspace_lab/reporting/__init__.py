@@ -1,0 +1,1 @@
+"""Results, tables, plots and published figures. Nothing here needs torch: reports read files."""

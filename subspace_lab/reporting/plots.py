@@ -1,0 +1,74 @@
+"""loss.png: training loss and validation perplexity per step, for a method and what it is compared with."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from subspace_lab.reporting.results import CURVES_FILE
+
+# Okabe & Ito's colours, distinguishable with any colour vision.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+
+Curve = tuple[list[int], list[float]]
+
+
+def read_curve(run_dir: Path, name: str) -> Curve:
+    """Return (steps, values) of one column of a run's metrics.csv; empty if it has none."""
+    file = run_dir / CURVES_FILE
+    if not file.is_file():
+        return [], []
+    with file.open(newline="") as lines:
+        points = {int(row["step"]): float(row[name]) for row in csv.DictReader(lines) if row.get(name)}
+    return list(points), list(points.values())
+
+
+def draw_loss(runs: Sequence[tuple[str, Path]], target: Path, title: str) -> Path | None:
+    """Draw training loss (left) and validation perplexity (right, logarithmic) of some runs into one PNG.
+
+    Args:
+        runs: (label, run folder); runs without metrics.csv are left out.
+        target: the file; its folder is made.
+        title: above the plots.
+
+    Returns:
+        The file, or None if no run has anything to draw.
+    """
+    curves = [(label, read_curve(run, "train/loss"), read_curve(run, "val/perplexity")) for label, run in runs]
+    curves = [curve for curve in curves if curve[1][0] or curve[2][0]]
+    if not curves:
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, perplexity = figure.subplots(1, 2)
+    for (label, train, validation), colour in zip(curves, _COLOURS * len(curves), strict=False):
+        loss.plot(*train, color=colour, lw=0.8, alpha=0.25)
+        loss.plot(train[0], smooth(train[1]), color=colour, lw=1.8, label=label)
+        perplexity.plot(*validation, color=colour, lw=1.8, marker="o", ms=4, label=label)
+    loss.set(xlabel="step", ylabel="training loss (nats per token)")
+    perplexity.set(xlabel="step", ylabel="validation perplexity", yscale="log")
+    perplexity.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    perplexity.yaxis.set_major_formatter(ScalarFormatter())
+    perplexity.yaxis.set_minor_formatter(NullFormatter())
+    for axes in (loss, perplexity):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.suptitle(title)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=150)
+    return target
+
+
+def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
+    """Return the bias-corrected exponential moving average of a curve."""
+    smoothed, mean = [], 0.0
+    for index, value in enumerate(values, start=1):
+        mean = weight * mean + (1 - weight) * value
+        smoothed.append(mean / (1 - weight**index))
+    return smoothed

@@ -1,0 +1,315 @@
+"""Checks a composed configuration before anything is built: unknown keys, wrong types, unresolvable values.
+
+The signature of each `_target_` is the schema of its node: Hydra checks neither keys added with `+` nor types, so a typo
+would otherwise run silently. Values are resolved leaf by leaf, so that an error names the full key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_type_hints
+
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
+from omegaconf import Node as OmegaNode
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from subspace_lab import catalog
+from subspace_lab.annotations import check_value
+from subspace_lab.errors import UserError, did_you_mean, nearest
+
+# Keys of a node that its target does not take: Hydra's own, a display name, and a model's published training recipe.
+RESERVED = frozenset({"_target_", "_partial_", "_recursive_", "_convert_", "_args_", "name", "recipe"})
+
+# Where a bare word is most likely meant.
+_LIKELY = ("method", "optimizer", "trainer", "data", "model", "scheduler", "subspace", "logger", "protocol")
+_ALIAS = re.compile(r"\$\{[\w.]+\}$")
+
+Node = Mapping[str, Any] | None
+
+
+@dataclass
+class Root:
+    """The keys a configuration may have at its root; conf/config.yaml explains them."""
+
+    name: str
+    seed: int
+    tags: Sequence[str]
+    resume: str | None
+    compare: str | None
+    estimate: bool
+    export: bool
+    protocol: Node
+    model: Node
+    data: Node
+    optimizer: Node
+    scheduler: Node
+    subspace: Node
+    method: Node
+    trainer: Node
+    callbacks: Node
+    logger: Node
+    paths: Node
+
+
+def validate(cfg: DictConfig) -> None:
+    """Check a composed configuration (without its `hydra` node) against the signatures of its targets.
+
+    Imports the modules of the targets, which the run needs anyway.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type or that cannot be resolved, a choice that does not fit another.
+    """
+    hints = get_type_hints(Root)
+    for key in map(str, cfg):
+        if key not in hints:
+            raise unknown_key(key, key, hints, cfg)
+        check_value(read(cfg, key, ""), hints[key], key)
+    _check_root(cfg)
+    for key in map(str, cfg):
+        if isinstance(cfg[key], DictConfig):
+            _check_node(cfg[key], key)
+    _check_protocol(cfg)
+
+
+def unknown_key(full_key: str, key: str, options: typing.Iterable[str], cfg: DictConfig | None) -> UserError:
+    """Return the error for a key that does not exist: the nearest sibling, else the same word elsewhere in the tree."""
+    prefix = full_key[: -len(key)]
+    near = nearest(key, options)
+    elsewhere = find_key(cfg, key) if cfg is not None else []
+    exact = [path for path in elsewhere if path.rsplit(".", 1)[-1] == key]
+    if exact and near != key:
+        hint = f"did you mean {' or '.join(repr(path) for path in exact[:3])}?"
+    elif near is not None:
+        hint = f"did you mean '{prefix}{near}'?"
+    elif elsewhere:
+        hint = f"did you mean '{elsewhere[0]}'?"
+    else:
+        hint = f"there are: {', '.join(sorted(set(options) - RESERVED))}"
+    return UserError(f"unknown key '{full_key}'", hint=hint)
+
+
+def find_key(cfg: DictConfig, key: str) -> list[str]:
+    """Return the full names of the keys called `key` anywhere below the root; failing that, of the one most like it.
+
+    A group's own node comes first (`method.rank` before `model.recipe.rank`).
+    """
+    paths = sorted((path for path in _key_paths(cfg, "") if "." in path and ".recipe." not in path), key=_nearness)
+    exact = [path for path in paths if path.rsplit(".", 1)[-1] == key]
+    if exact:
+        return exact
+    by_word = {path.rsplit(".", 1)[-1]: path for path in reversed(paths)}
+    match = nearest(key, by_word)
+    return [by_word[match]] if match is not None else []
+
+
+def read(node: DictConfig | ListConfig, key: str | int, prefix: str) -> Any:
+    """Return one value of a node, resolved; `prefix` is the node's own full key, for the message.
+
+    Raises:
+        UserError: the value is required and missing, or its interpolation cannot be resolved.
+    """
+    full_key = f"{prefix}.{key}" if prefix else str(key)
+    try:
+        return node[key]
+    except MissingMandatoryValue:
+        raise UserError(f"{full_key} has no value and needs one", hint=f"write {full_key}=…") from None
+    except OmegaConfBaseException as error:
+        raw = OmegaConf.to_container(node, resolve=False)
+        text = raw[key] if isinstance(raw, (dict, list)) else raw  # type: ignore[index, call-overload]
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{full_key}={text} cannot be resolved: {reason}") from error
+
+
+def to_plain(cfg: Any, prefix: str = "") -> Any:
+    """Return a configuration as plain dicts, lists and scalars, resolved leaf by leaf.
+
+    Raises:
+        UserError: a leaf is missing or cannot be resolved; the message has its full key.
+    """
+    if isinstance(cfg, DictConfig):
+        if cfg._is_none():
+            return None
+        return {str(key): to_plain(read(cfg, str(key), prefix), _join(prefix, key)) for key in cfg}
+    if isinstance(cfg, ListConfig):
+        return [to_plain(read(cfg, index, prefix), _join(prefix, index)) for index in range(len(cfg))]
+    return cfg
+
+
+def config_hash(cfg: DictConfig) -> str:
+    """Return 16 hexadecimal digits that name what a configuration computes, wherever and whenever it runs.
+
+    `resume`, `hydra` and `paths` do not count, nor does a value that mentions the run folder. The caller sees to it that
+    `name` resolves (inside a Hydra job it does; `compose_config` has put its value in).
+    """
+    counted = deepcopy(cfg)
+    with read_write(counted), open_dict(counted):
+        if "paths" in counted and counted.paths is not None and "output_dir" in counted.paths:
+            counted.paths.output_dir = "<run folder>"
+    plain = {
+        str(key): to_plain(read(counted, str(key), ""), str(key)) for key in counted if key not in ("resume", "hydra", "paths")
+    }
+    text = json.dumps(plain, sort_keys=True, default=str, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def locate(path: str, key: str) -> Any:
+    """Import what a `_target_` names.
+
+    Args:
+        path: dotted path of a class or function.
+        key: the full key of the node, for the message.
+
+    Raises:
+        UserError: there is no such thing, or a package it needs is not installed.
+    """
+    parts = path.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        module_name = ".".join(parts[:end])
+        try:
+            found: Any = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            missing = error.name or ""
+            if module_name == missing or module_name.startswith(f"{missing}."):
+                continue
+            raise UserError(f"{key} needs the package '{missing}'", hint=f"pip install {missing.split('.')[0]}") from error
+        return _attributes(found, parts[end:], f"{key}._target_={path}")
+    if parts[0] != "subspace_lab":
+        raise UserError(f"{key} needs the package '{parts[0]}'", hint=f"pip install {parts[0]}")
+    raise UserError(f"{key}._target_={path}: no such class or function")
+
+
+def _attributes(found: Any, names: list[str], what: str) -> Any:
+    for name in names:
+        if not hasattr(found, name):
+            public = [word for word in vars(found) if not word.startswith("_")] if isinstance(found, (ModuleType, type)) else []
+            raise UserError(f"{what}: no such class or function", hint=did_you_mean(name, public) or None)
+        found = getattr(found, name)
+    return found
+
+
+def _check_node(node: DictConfig, path: str) -> None:
+    target = read(node, "_target_", path) if "_target_" in node else None
+    parameters: dict[str, Any] = {}
+    open_ended = target is None
+    if path == "paths":
+        parameters, open_ended = dict.fromkeys(catalog.keys("paths"), str), False
+    if target is not None:
+        if not isinstance(target, str):
+            raise UserError(f"{path}._target_: expected the dotted path of a class or function, got {target!r}")
+        parameters, open_ended = schema_of(locate(target, path))
+    for key in map(str, node):
+        value = read(node, key, path)
+        full_key = f"{path}.{key}"
+        if key in parameters:
+            check_value(value, parameters[key], full_key)
+        elif key not in RESERVED and not open_ended:
+            raise unknown_key(full_key, key, parameters, None)
+        if isinstance(value, DictConfig):
+            _check_node(value, full_key)
+        elif isinstance(value, ListConfig):
+            to_plain(value, full_key)
+
+
+def schema_of(target: Any) -> tuple[dict[str, Any], bool]:
+    """Return the annotation of every parameter of a class or function (Any if it has none), and whether it takes others too.
+
+    A parameter whose default is None also takes None, whatever its annotation says.
+    """
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):
+        return {}, True
+    function = target.__init__ if inspect.isclass(target) else target
+    try:
+        hints = get_type_hints(function)
+    except Exception:
+        hints = _hints_one_by_one(function)
+    parameters: dict[str, Any] = {}
+    open_ended = False
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            open_ended = True
+        elif parameter.kind is not parameter.VAR_POSITIONAL:
+            hint = hints.get(name, Any)
+            parameters[name] = hint | None if parameter.default is None and _can_be_optional(hint) else hint
+    return parameters, open_ended
+
+
+def _can_be_optional(hint: Any) -> bool:
+    try:
+        hint | None
+    except TypeError:
+        return False
+    return hint is not Any
+
+
+def _hints_one_by_one(function: Any) -> dict[str, Any]:
+    # A name imported for type checkers only makes get_type_hints fail as a whole; the other parameters still have types.
+    scope = getattr(inspect.unwrap(function), "__globals__", {})
+    hints: dict[str, Any] = {}
+    for name, annotation in getattr(function, "__annotations__", {}).items():
+        try:
+            hints[name] = eval(annotation, scope) if isinstance(annotation, str) else annotation
+        except Exception:
+            hints[name] = Any
+    return hints
+
+
+def _check_root(cfg: DictConfig) -> None:
+    if "seed" in cfg and cfg.seed < 0:
+        raise UserError(f"seed={cfg.seed}: expected 0 or more")
+    resume = cfg.get("resume")
+    if resume not in (None, "auto") and not Path(resume).exists():
+        raise UserError(f"resume={resume}: no such run folder or checkpoint", hint="null, auto, a run folder or a .ckpt file")
+    compare = cfg.get("compare")
+    if compare in (None, "auto"):
+        return
+    known = [*catalog.options("optimizer"), *catalog.options("method")]
+    if compare not in known:
+        near = did_you_mean(compare, known) or f"expected auto, null or one of {', '.join(known)}"
+        raise UserError(f"compare={compare}: no such optimizer or method", hint=near)
+
+
+def _check_protocol(cfg: DictConfig) -> None:
+    method, protocol = cfg.get("method"), cfg.get("protocol")
+    if method is None or protocol is None or "_target_" not in method or "_target_" not in protocol:
+        return
+    allowed = getattr(locate(method._target_, "method"), "protocols", None)
+    chosen = str(protocol._target_).split(".")[-2]
+    if allowed is not None and chosen not in allowed:
+        raise UserError(
+            f"this method runs with protocol={' or '.join(allowed)}, not with protocol={chosen}", hint=f"write protocol={allowed[0]}"
+        )
+
+
+def _nearness(path: str) -> tuple[int, int, str]:
+    group = path.split(".", 1)[0]
+    return path.count("."), _LIKELY.index(group) if group in _LIKELY else len(_LIKELY), path
+
+
+def _key_paths(node: DictConfig, prefix: str) -> list[str]:
+    found = []
+    for key in map(str, node):
+        raw = node._get_node(key)
+        if isinstance(raw, OmegaNode) and _ALIAS.match(str(raw._value())):
+            continue  # `subspace.rank: ${method.rank}`: the original is the one to set
+        found.append(_join(prefix, key))
+        if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
+            child = node.get(key)
+            if isinstance(child, DictConfig):
+                found.extend(_key_paths(child, _join(prefix, key)))
+    return found
+
+
+def _join(prefix: str, key: Any) -> str:
+    return f"{prefix}.{key}" if prefix else str(key)

@@ -1,0 +1,288 @@
+"""The span of an orthonormal basis P (B, q, r): coordinates Z = A P, lifted back as Z Pᵀ.
+
+GaLore's projector (arXiv 2403.03507, eq. 5–7) with the basis on the last dimension of the stack.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from subspace_lab import linalg
+from subspace_lab.subspaces.base import ALL, Members, Side, Subspace, clamp_rank
+from subspace_lab.subspaces.complement import Complement
+
+
+class Span(Subspace):
+    """Base of all spans; a subclass says in `choose` which basis a gradient suggests.
+
+    Args:
+        rank: number of directions; a fraction in (0, 1) is taken of the side's length.
+        side: see `Subspace`.
+        align_signs: give each new basis vector the sign that agrees with the one it replaces.  Singular vectors
+            have arbitrary signs, and moments kept across a refresh depend on them.
+        within: a complement in which the span must lie (CoSO, GPM + GaLore).
+        seed: of the starting basis and of random choices.
+    """
+
+    def __init__(
+        self,
+        rank: int | float = 128,
+        *,
+        side: Side = "short",
+        align_signs: bool = True,
+        within: Complement | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(side=side, seed=seed)
+        if rank <= 0:
+            raise ValueError(f"rank must be positive, not {rank}")
+        self.rank = rank
+        self.align_signs = align_signs
+        self.within = within
+
+    @override
+    def setup(self, device: torch.device) -> None:
+        self._make_room(device)
+        self.state["basis"] = self._start(device)
+        self.state["ready"] = torch.zeros(self.shape[0], dtype=torch.bool, device=device)
+
+    def _make_room(self, device: torch.device) -> None:
+        """Settle the rank r, in what a complement leaves free."""
+        free = self.shape[2]
+        if self.within is not None:
+            self.within = self.within.allocate(
+                self.shape, names=self.names, device=device, transposed=[not n for n in self.native]
+            )
+            free = max(1, free - self.within.width)
+        self.r = clamp_rank(self.rank, free, self.names)
+
+    def _start(self, device: torch.device) -> Tensor:
+        """R random coordinate axes per matrix: orthonormal at no cost, and not the same for every matrix."""
+        B, _, q = self.shape
+        order = linalg.uniform((q,), key=self.keys("start"), device=torch.device("cpu")).argsort(dim=-1)[:, : self.r]
+        P = torch.zeros(B, self.r, q).scatter_(2, order.unsqueeze(-1), 1.0).mT.contiguous()
+        return self._inside(P.to(device), ALL) if self.within is not None else P.to(device)
+
+    def _inside(self, P: Tensor, members: Members) -> Tensor:
+        assert self.within is not None
+        return linalg.orthonormalize(self.within.project(P.mT, members).mT)
+
+    @property
+    def basis(self) -> Tensor:
+        """P (B, q, r), fp32, orthonormal columns."""
+        return self.state["basis"]
+
+    @property
+    @override
+    def coordinates(self) -> tuple[int, int, int]:
+        return (self.shape[0], self.shape[1], self.r)
+
+    @abstractmethod
+    def choose(self, A: Tensor, P: Tensor, members: Members) -> Tensor:
+        """A new basis (b, q, r) for gradients A (b, p, q), given the present basis P (b, q, r)."""
+
+    @override
+    def refresh(self, A: Tensor, members: Members = ALL, weight: Tensor | None = None) -> Tensor:
+        P = self.basis[members]
+        A = A.to(P.dtype)
+        if self.within is not None:
+            A = self.within.project(A, members)
+        size = A.abs().amax(dim=(1, 2))
+        ok = torch.isfinite(size) & (size > 0)
+        good = ok[:, None, None]
+        new = self.choose(torch.where(good, A, torch.zeros_like(A)), P, members)
+        if self.within is not None:
+            new = self._inside(new, members)
+        if self.align_signs:
+            new = linalg.align_signs(new, P)
+        # A basis that LAPACK could not find is no better than a bad gradient.
+        good = good & torch.isfinite(new).all(dim=(1, 2), keepdim=True)
+        new = torch.where(good, new, P)
+        change = P.mT @ new
+        self.basis[members] = new
+        self.state["ready"][members] |= good.flatten()
+        return change
+
+    @override
+    def project(self, A: Tensor, members: Members = ALL) -> Tensor:
+        P = self.basis[members]
+        return A.to(P.dtype) @ P
+
+    @override
+    def lift(self, Z: Tensor, members: Members = ALL) -> Tensor:
+        P = self.basis[members]
+        U = Z.to(P.dtype) @ P.mT
+        return self.within.project(U, members) if self.within is not None else U
+
+    @override
+    def factors(self, members: Members = ALL) -> Tensor | None:
+        return self.basis[members].mT if self.within is None else None
+
+
+class SVD(Span):
+    """The leading right singular vectors of the gradient: GaLore's own choice (arXiv 2403.03507, eq. 12–13).
+
+    Args:
+        solver: ``svd`` (torch.linalg.svd) or ``gram`` (eigenvectors of the short side's Gram matrix: the same
+            subspace up to fp32 rounding, several times faster).
+        native: decompose every matrix in its own orientation, as the released code does, not the stack's; the
+            subspace is the same but LAPACK may sign its vectors differently.
+    """
+
+    def __init__(
+        self,
+        rank: int | float = 128,
+        *,
+        solver: Literal["svd", "gram"] = "svd",
+        native_orientation: bool = False,
+        side: Side = "short",
+        align_signs: bool = True,
+        within: Complement | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(rank, side=side, align_signs=align_signs, within=within, seed=seed)
+        if solver not in ("svd", "gram"):
+            raise ValueError(f"solver must be svd or gram, not {solver!r}")
+        self.solver = solver
+        self.native_orientation = native_orientation
+
+    @override
+    def choose(self, A: Tensor, P: Tensor, members: Members) -> Tensor:
+        if self.native_orientation:
+            return self._native(A, members)
+        kernel = linalg.truncated_svd if self.solver == "svd" else linalg.gram_eigh
+        return kernel(A, self.r)[0]
+
+    def _native(self, A: Tensor, members: Members) -> Tensor:
+        native = self.native[members] if isinstance(members, slice) else tuple(self.native[i] for i in members)
+        basis = torch.empty(A.shape[0], A.shape[2], self.r, dtype=A.dtype, device=A.device)
+        for own, right in ((True, True), (False, False)):
+            rows = [i for i, n in enumerate(native) if n is own]
+            if rows:
+                M = A[rows] if right else A[rows].mT
+                U, _, Vh = torch.linalg.svd(M, full_matrices=False)
+                full = Vh.mT if right else U
+                if full.shape[-1] < self.r:  # more directions asked for than the gradient has
+                    full = linalg.truncated_svd(A[rows], self.r)[0]
+                basis[rows] = full[..., : self.r]
+        return basis
+
+
+class Randomized(Span):
+    """Randomized subspace iteration (Halko, Martinsson & Tropp 2011), warm-started from the last basis.
+
+    The first basis of a matrix comes from a Rademacher sketch, later ones from `power_iterations` steps starting
+    at the present basis, each with Rayleigh–Ritz so that the columns mimic the order of an SVD.
+    """
+
+    def __init__(
+        self,
+        rank: int | float = 128,
+        *,
+        power_iterations: int = 1,
+        oversample: int = 8,
+        warm_start: bool = True,
+        side: Side = "short",
+        align_signs: bool = True,
+        within: Complement | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(rank, side=side, align_signs=align_signs, within=within, seed=seed)
+        if power_iterations < 0 or oversample < 0:
+            raise ValueError("power_iterations and oversample must not be negative")
+        self.power_iterations = power_iterations
+        self.oversample = oversample
+        self.warm_start = warm_start
+
+    @override
+    def setup(self, device: torch.device) -> None:
+        super().setup(device)
+        # How often each matrix drew a sketch: a plain CPU counter, so that choosing needs no host sync.
+        self.state["draws"] = torch.zeros(self.shape[0], dtype=torch.int64)
+
+    @override
+    def choose(self, A: Tensor, P: Tensor, members: Members) -> Tensor:
+        draws = self.state["draws"]
+        first = bool((draws[members] == 0).any())
+        key = linalg.derive_key(self.seed, "sketch", int(draws[members].max()))
+        draws[members] += 1
+        if self.warm_start and not first:
+            return linalg.subspace_iteration(A, P, iterations=max(1, self.power_iterations))[0]
+        return linalg.randomized_svd(
+            A, self.r, key=key, oversample=self.oversample, power_iterations=self.power_iterations
+        )[0]
+
+
+class Random(Span):
+    """A random subspace: the orthonormalised columns of a Rademacher (±1) matrix.
+
+    Never looks at the gradient.  The basis is a function of seed, parameter name and draw count, so checkpoints
+    hold the count only.
+    """
+
+    derived = frozenset({"basis"})
+
+    @override
+    def setup(self, device: torch.device) -> None:
+        B, _, q = self.shape
+        self._make_room(device)
+        self.state["draws"] = torch.zeros(B, dtype=torch.int64)
+        self.state["basis"] = torch.empty(B, q, self.r, device=device)
+        self.rebuild()
+
+    @override
+    def rebuild(self) -> None:
+        self.basis.copy_(self._draw(ALL))
+
+    def _draw(self, members: Members) -> Tensor:
+        numbers = self.state["draws"][members]
+        names = self.names[members] if isinstance(members, slice) else [self.names[i] for i in members]
+        keys = [linalg.derive_key(self.seed, n, "draw", int(d)) for n, d in zip(names, numbers, strict=True)]
+        device = self.basis.device
+        signs = linalg.rademacher((self.shape[2], self.r), key=torch.tensor(keys), device=device)
+        P = linalg.orthonormalize(signs)
+        return self._inside(P, members) if self.within is not None else P
+
+    @override
+    def choose(self, A: Tensor, P: Tensor, members: Members) -> Tensor:
+        self.state["draws"][members] += 1
+        return self._draw(members)
+
+    @override
+    def refresh(self, A: Tensor, members: Members = ALL, weight: Tensor | None = None) -> Tensor:
+        P = self.basis[members]
+        new = self.choose(A, P, members)
+        self.basis[members] = new
+        return P.mT @ new
+
+
+class Identity(Subspace):
+    """All directions: coordinates are the gradient itself (the control that must equal the inner optimizer)."""
+
+    full_size = True
+
+    @override
+    def setup(self, device: torch.device) -> None:
+        self.state = {}
+
+    @property
+    @override
+    def coordinates(self) -> tuple[int, int, int]:
+        return self.shape
+
+    @override
+    def refresh(self, A: Tensor, members: Members = ALL, weight: Tensor | None = None) -> None:
+        return None
+
+    @override
+    def project(self, A: Tensor, members: Members = ALL) -> Tensor:
+        return A.float()
+
+    @override
+    def lift(self, Z: Tensor, members: Members = ALL) -> Tensor:
+        return Z

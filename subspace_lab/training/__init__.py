@@ -1,0 +1,1 @@
+"""The training loop: everything that knows Lightning lives in this folder."""

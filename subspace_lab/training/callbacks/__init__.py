@@ -1,0 +1,1 @@
+"""The callbacks of every run; `conf/callbacks` adds others."""

@@ -1,0 +1,67 @@
+"""The `logger` config group: metrics.csv in the run folder, Weights & Biases, or both.
+
+Only the standard library is imported here; Lightning and wandb come in when a logger is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
+
+@dataclass
+class Loggers:
+    """Which loggers a run has.
+
+    Args:
+        csv: write metrics.csv into the run folder (plots are drawn from it).
+        wandb: log to Weights & Biases; offline without an API key, and WANDB_MODE is respected.
+        project: W&B project.
+        entity: W&B team or user; null is the account's default.
+        group: W&B group; null is the run's `name`.
+        job_type: W&B job type; null is the method.
+        tags: W&B tags beside the run's own.
+    """
+
+    csv: bool = True
+    wandb: bool = False
+    project: str = "subspace-lab"
+    entity: str | None = None
+    group: str | None = None
+    job_type: str | None = None
+    tags: Sequence[str] = ()
+
+    def create(
+        self, run_dir: Path, *, name: str, method: str, tags: Sequence[str], config: Mapping[str, Any]
+    ) -> list[Logger]:
+        """Return the loggers of one run; on other ranks than the first they write nothing.
+
+        Args:
+            run_dir: the run folder, which also keeps the W&B run id for a resume.
+            name: the run's `name`.
+            method: the method's name.
+            tags: the run's tags.
+            config: the resolved configuration as plain containers.
+        """
+        from subspace_lab.training.csv_logger import RunCSVLogger
+        from subspace_lab.training.environment import is_main_process
+
+        loggers: list[Logger] = [RunCSVLogger(run_dir / "metrics.csv")] if self.csv else []
+        if self.wandb and is_main_process():
+            from subspace_lab.training.wandb_logger import WandbRunLogger
+
+            settings = {
+                "project": self.project,
+                "entity": self.entity,
+                "group": self.group or name,
+                "job_type": self.job_type or method,
+                "tags": [*tags, *self.tags],
+                "config": dict(config),
+            }
+            loggers.append(WandbRunLogger(run_dir, settings))
+        return loggers

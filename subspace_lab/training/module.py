@@ -1,0 +1,109 @@
+"""The one LightningModule: a model, a task, a method and how to make the optimizer.
+
+No configuration is stored here: factories come in as callables, so that a checkpoint holds plain tensors only. Lightning has
+no hook after the optimizer's step, so the method's `after_step` hangs on `optimizer.register_step_post_hook`, which also
+fires once per step (not per micro-batch) under gradient accumulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from subspace_lab.training.tasks import Batch, Task, ValidationSums
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from subspace_lab.methods.base import Method
+
+OptimizerFactory = Callable[["Method", nn.Module], "Optimizer"]
+SchedulerFactory = Callable[["Optimizer"], "LRScheduler"]
+
+
+class ExperimentModule(LightningModule):
+    """Trains `model` on `task` with `method`.
+
+    Args:
+        model: the network; with Hugging Face causal models called as model(input_ids=…, labels=…).
+        task: turns a batch into a loss and validation sums into figures.
+        method: what decides in which directions the parameters may move.
+        make_optimizer: (method, model) -> optimizer; called after `method.prepare`, with the model on its device.
+        make_scheduler: optimizer -> learning-rate scheduler stepped once per optimizer step.
+        bytes_per_token: of the validation text, for bits per byte; None if unknown.
+        compile_model: run the model through torch.compile.
+
+    Attributes:
+        last_loss: the last micro-batch's mean loss (fp32 scalar on the device, detached).
+        validation: the figures of the last finished validation pass; empty before the first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        method: Method,
+        make_optimizer: OptimizerFactory,
+        make_scheduler: SchedulerFactory,
+        *,
+        bytes_per_token: float | None = None,
+        compile_model: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+        self.method = method
+        self.make_optimizer = make_optimizer
+        self.make_scheduler = make_scheduler
+        self.bytes_per_token = bytes_per_token
+        self.compile_model = compile_model
+        self.last_loss: Tensor | None = None
+        self.validation: dict[str, float] = {}
+        self._sums = ValidationSums()
+        self._prepared = False
+
+    def configure_model(self) -> None:
+        """Let the method change the model; runs before weights are restored, so shapes are right by then."""
+        if self._prepared:  # Lightning calls this for every fit and every validate
+            return
+        self.method.prepare(self.model)
+        if self.compile_model:
+            self.model.compile()  # in place: the names in checkpoints stay the plain ones
+        self._prepared = True
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer and its per-step scheduler and hang the method's `after_step` on it."""
+        optimizer = self.make_optimizer(self.method, self.model)
+        optimizer.register_step_post_hook(lambda stepped, args, kwargs: self.method.after_step(stepped))
+        scheduler = self.make_scheduler(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the micro-batch's mean loss."""
+        loss, _ = self.task.loss_and_count(self.model, batch)
+        self.last_loss = loss.detach()
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the sums anew."""
+        self._sums = ValidationSums(self.device)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add one batch to the sums; nothing leaves the device."""
+        loss, count = self.task.loss_and_count(self.model, batch)
+        self._sums.add(loss, count)
+
+    def on_validation_epoch_end(self) -> None:
+        """Reduce the sums over the processes and publish the figures (`trainer.callback_metrics`, the metric callbacks)."""
+        local = self._sums.local()
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(local)
+        self.validation = self.task.summary(local, self.bytes_per_token)
+        for name, value in self.validation.items():
+            # float64: in 32-bit mode Lightning's logging would round the figure that early stopping and sweeps look at.
+            self.log(name, torch.tensor(value, dtype=torch.float64), logger=False, rank_zero_only=True)

@@ -1,0 +1,91 @@
+"""Weights & Biases, which may be unreachable, misconfigured or slow, and must never stop a run for it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+
+_ID_FILE = "wandb_id"
+
+
+class WandbRunLogger(Logger):
+    """Logs rows to W&B by optimizer step.
+
+    The run's id is kept in the run folder, so that a resumed run goes on in the same W&B run. Without WANDB_MODE and without
+    an API key it works offline and says so. After a first failure it says so in one line and logs no more.
+
+    Args:
+        run_dir: the run folder.
+        settings: arguments of wandb.init.
+    """
+
+    def __init__(self, run_dir: Path, settings: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._run: Any = None
+        self._guard(lambda: self._start(run_dir, settings))
+
+    def _start(self, run_dir: Path, settings: Mapping[str, Any]) -> None:
+        import wandb
+
+        id_file = run_dir / _ID_FILE
+        run_id = id_file.read_text().strip() if id_file.is_file() else wandb.util.generate_id()
+        mode = os.environ.get("WANDB_MODE")
+        if mode is None and not _has_key():
+            mode = "offline"
+            print(f"wandb: no API key, logging offline; upload later with: wandb sync {run_dir}/wandb/offline-*", file=sys.stderr)
+        # `reinit`: a compared baseline in the same process is a run of its own. No console capture, no prompts.
+        self._run = wandb.init(
+            **settings,
+            id=run_id,
+            resume="allow",
+            dir=str(run_dir),
+            mode=mode,
+            reinit="create_new",
+            settings=wandb.Settings(console="off", silent=True, init_timeout=60),
+        )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        id_file.write_text(run_id + "\n")
+
+    @property
+    def name(self) -> str:
+        """Return the kind of logger."""
+        return "wandb"
+
+    @property
+    def version(self) -> str:
+        """Return the W&B run id."""
+        return str(self._run.id) if self._run is not None else ""
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the configuration was given at the start."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Send one row; `step` is a column of its own, so that a resumed run may write a step again."""
+        if self._run is not None:
+            self._guard(lambda: self._run.log({**metrics, "step": step}))
+
+    def finalize(self, status: str) -> None:
+        """End the W&B run."""
+        if self._run is not None:
+            self._guard(lambda: self._run.finish(exit_code=0 if status == "success" else 1, quiet=True))
+            self._run = None
+
+    def _guard(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except Exception as error:
+            self._run = None
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            print(f"wandb: {reason}; the run goes on without it", file=sys.stderr)
+
+
+def _has_key() -> bool:
+    import wandb
+
+    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
