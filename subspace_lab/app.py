@@ -189,9 +189,6 @@ def task(cfg: DictConfig) -> float | None:
         schema.validate(cfg)
         if in_sweep:
             sweeps.refuse_local_ddp(cfg, hydra_cfg)
-            if cfg.resume == "auto" and rundir.status(output_dir) == "completed":
-                log.info("already finished: %s", output_dir)
-                return sweeps.stored_objective(output_dir)
         from subspace_lab.run import run
 
         with rundir.locked(output_dir):

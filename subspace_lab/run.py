@@ -20,7 +20,13 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 # `compare=auto` trains the baseline too in exactly this case: somebody is trying the program out.
-DEMO = {"method": "galore", "model": "llama_tiny", "data": "stdlib_text", "protocol": "fit", "experiment": None}
+DEMO = {
+    "method": "galore",
+    "model": "llama_tiny",
+    "data": "stdlib_text",
+    "protocol": "fit",
+    "experiment": None,
+}
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -58,7 +64,9 @@ def run(cfg: DictConfig) -> float | None:
     return float(value) if value is not None else None
 
 
-def train(cfg: DictConfig, run_dir: Path, overrides: list[str], chosen: dict[str, Any], *, resume_dir: Path) -> results.Results:
+def train(
+    cfg: DictConfig, run_dir: Path, overrides: list[str], chosen: dict[str, Any], *, resume_dir: Path
+) -> results.Results:
     """Run the protocol of one configuration in one folder, and record how it ended.
 
     Args:
@@ -86,9 +94,13 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str], chosen: dict[str
         return finished
     record.start(schema.to_plain(cfg))
     try:
-        outcome = build.instantiate(cfg.protocol).run(cfg, run_dir, label=label_of(about), resume_dir=resume_dir)
+        outcome = build.instantiate(cfg.protocol).run(
+            cfg, run_dir, label=label_of(about), resume_dir=resume_dir
+        )
     except BaseException as error:
-        record.write(status_of(error), message=str(error).splitlines()[0] if str(error) else type(error).__name__)
+        record.write(
+            status_of(error), message=str(error).splitlines()[0] if str(error) else type(error).__name__
+        )
         raise
     # Not `completed` before the baseline is: a run that is resumed must find it unfinished.
     return record.write("completed" if compare_name(cfg) is None else "interrupted", outcome)
@@ -113,13 +125,17 @@ def baseline_config(cfg: DictConfig, name: str) -> DictConfig:
     return baseline
 
 
-def _finish(cfg: DictConfig, run_dir: Path, found: results.Results, runs: list[tuple[str, Path, results.Results]]) -> None:
+def _finish(
+    cfg: DictConfig, run_dir: Path, found: results.Results, runs: list[tuple[str, Path, results.Results]]
+) -> None:
     """Complete results.json, draw the curves, print the table and, as the last line, the run folder."""
     from rich.console import Console
 
     from subspace_lab.reporting import plots, published, tables
 
-    RunRecord(run_dir, {}, writes=True).rewrite(found | {"compared_with": [str(f.name) for _, f, _ in runs[1:]]}, "completed")
+    RunRecord(run_dir, {}, writes=True).rewrite(
+        found | {"compared_with": [str(f.name) for _, f, _ in runs[1:]]}, "completed"
+    )
     title = f"{cfg.name}, seed {cfg.seed}, {found['timing'].get('steps', 0)} steps"
     plots.draw_loss([(label, folder) for label, folder, _ in runs], run_dir / "plots" / "loss.png", title)
     console = Console()
@@ -137,7 +153,9 @@ def compare_name(cfg: DictConfig) -> str | None:
         return str(cfg.compare) if cfg.compare is not None else None
     chosen = choices()
     in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    demo = bool(chosen) and not in_sweep and all(chosen.get(group) == option for group, option in DEMO.items())
+    demo = (
+        bool(chosen) and not in_sweep and all(chosen.get(group) == option for group, option in DEMO.items())
+    )
     return "adamw" if demo else None
 
 

@@ -48,6 +48,7 @@ class Root:
     compare: str | None
     estimate: bool
     export: bool
+    published: str | None
     protocol: Node
     model: Node
     data: Node
@@ -266,6 +267,10 @@ def _hints_one_by_one(function: Any) -> dict[str, Any]:
 
 
 def _check_root(cfg: DictConfig) -> None:
+    # A group without a choice (`subspace: null`) leaves no key; without these nothing can be said about a run.
+    absent = [name for name in ("name", "protocol", "method", "paths") if name not in cfg]
+    if absent:
+        raise UserError(f"the configuration has no '{absent[0]}'", hint=f"leave out ~{absent[0]}")
     if "seed" in cfg and cfg.seed < 0:
         raise UserError(f"seed={cfg.seed}: expected 0 or more")
     resume = cfg.get("resume")

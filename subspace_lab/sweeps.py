@@ -89,15 +89,6 @@ def refuse_local_ddp(cfg: DictConfig, hydra_cfg: DictConfig) -> None:
     )
 
 
-def stored_objective(run_dir: Path) -> float | None:
-    """Return the objective a finished job wrote into its results.json, for a sweeper that asks again."""
-    try:
-        value = json.loads((run_dir / rundir.RESULTS_FILE).read_text(encoding="utf-8")).get("objective")
-    except (OSError, ValueError):
-        return None
-    return float(value) if isinstance(value, (int, float)) else None
-
-
 def _values(override: Override) -> list[str]:
     if override.is_discrete_sweep():
         return [str(value) for value in override.sweep_string_iterator()]

@@ -109,9 +109,9 @@ def open_or_build(
     Raises:
         UserError: no text in the documents, or a cache folder that cannot be written.
     """
-    key = hashlib.sha256(
-        json.dumps([VERSION, documents.identity(), tokenizer.identity, limit]).encode()
-    ).hexdigest()[:20]
+    key = hashlib.sha256(json.dumps([VERSION, documents.identity(), tokenizer.identity, limit]).encode()).hexdigest()[
+        :20
+    ]
     path = cache_dir / f"{label}-{key}"
     store = _load(path)
     if store is not None:
@@ -149,9 +149,7 @@ def _load(path: Path) -> TokenStore | None:
         return None
 
 
-def _build(
-    path: Path, documents: Documents, tokenizer: Tokenizer, label: str, limit: Limit | None
-) -> TokenStore:
+def _build(path: Path, documents: Documents, tokenizer: Tokenizer, label: str, limit: Limit | None) -> TokenStore:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     _remove(part)
     part.mkdir()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from subspace_lab.data.documents import Documents, FileDocuments, TextFile
+from subspace_lab.data.documents import Documents, FileDocuments, TextFile, hash_text
 from subspace_lab.data.hub import hub_error, require_network
 from subspace_lab.data.streaming import StreamSource
 from subspace_lab.errors import UserError
@@ -68,9 +68,7 @@ def resolve(request: Request) -> Corpus:
             )
         return _split(stdlib_files(), request, key="name")
     if request.val_files and not request.files:
-        raise UserError(
-            "data.val_files is given without data.files", hint="data.files=[...] names the training text"
-        )
+        raise UserError("data.val_files is given without data.files", hint="data.files=[...] names the training text")
     if request.files:
         return _from_files(request)
     if name == "text":
@@ -84,27 +82,35 @@ def resolve(request: Request) -> Corpus:
 
 
 def stdlib_files() -> list[TextFile]:
-    """Source and text files of the running Python's standard library, without its tests, sorted by name."""
+    """Source and text files of the running Python's standard library, sorted by name.
+
+    Its tests are left out, files that are not UTF-8 (some of the library's own), and repetitions of an earlier file,
+    which would put the same text on both sides of the split.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
         found += [Path(folder, name) for name in names if name.endswith((".py", ".txt", ".rst"))]
-    files = [TextFile(path, path.relative_to(root).as_posix()) for path in found if _is_text(path)]
+    files: dict[str, TextFile] = {}
+    for name, path in sorted((path.relative_to(root).as_posix(), path) for path in found):
+        text = _text(path).strip()
+        if text:
+            files.setdefault(hash_text(text), TextFile(path, name))
     if len(files) < 50:
         raise UserError(
             f"data=stdlib_text: only {len(files)} source files under {root}",
             hint="data=text data.files='folder/*.txt', or another Python",
         )
-    return sorted(files, key=lambda file: file.name)
+    return list(files.values())
 
 
-def _is_text(path: Path) -> bool:
-    """A regular, readable, non-empty UTF-8 file: a few of the library's own are kept in other encodings."""
+def _text(path: Path) -> str:
+    """Content of a regular UTF-8 file, of any other nothing."""
     try:
-        return path.is_file() and bool(path.read_bytes().decode("utf-8").strip())
+        return path.read_bytes().decode("utf-8") if path.is_file() else ""
     except (OSError, UnicodeDecodeError):
-        return False
+        return ""
 
 
 def _from_files(request: Request) -> Corpus:
@@ -147,10 +153,9 @@ def _c4(request: Request) -> Corpus:
     if request.streaming is False:
         raise _missing(request, folder, "data.streaming=false keeps it off the hub")
     hint = f"offline: {_override('FILE.jsonl.gz')}, or SUBSPACE_DATA=FOLDER with FOLDER/c4/*.jsonl.gz"
-    tried = f"c4: nothing under {folder} (SUBSPACE_DATA)"
+    tried = "data.streaming=true" if request.streaming else f"c4: nothing under {folder} (SUBSPACE_DATA)"
     sources = (
-        StreamSource("allenai/c4", "en", split=split, tried=tried, hint=hint)
-        for split in ("train", "validation")
+        StreamSource("allenai/c4", "en", split=split, tried=tried, hint=hint) for split in ("train", "validation")
     )
     return Corpus(*sources)
 
@@ -192,9 +197,7 @@ def _tiny_shakespeare(request: Request) -> Corpus:
     return _split([_download(copy, _SHAKESPEARE_URL, arguments, "", tried, hint)], request)
 
 
-def _download(
-    path: Path, url: str | None, arguments: dict[str, str], blank: str, tried: str, hint: str
-) -> TextFile:
+def _download(path: Path, url: str | None, arguments: dict[str, str], blank: str, tried: str, hint: str) -> TextFile:
     """A small data set, fetched through `datasets` once and kept as the text file `path`.
 
     Args:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -72,9 +73,7 @@ class FileDocuments:
     def identity(self) -> str:
         """Hash of the files' names and contents and of the split."""
         state = [self.part, self.fraction if self.part != "all" else None, self.key, self.text_key]
-        return hash_text(
-            json.dumps([*state, [[file.name, file_fingerprint(file.path)] for file in self.files]])
-        )
+        return hash_text(json.dumps([*state, [[file.name, file_fingerprint(file.path)] for file in self.files]]))
 
     def __iter__(self) -> Iterator[str]:
         if self.part == "all":
@@ -97,10 +96,8 @@ class FileDocuments:
                 yield side
 
     def _whole_files(self) -> Iterator[str]:
-        keys = [
-            unit_hash(file.name if self.key == "name" else file_fingerprint(file.path)) for file in self.files
-        ]
-        limit = max(self.fraction, min(keys) + 2.0**-60)  # with few files at least one is held out
+        keys = [unit_hash(file.name if self.key == "name" else file_fingerprint(file.path)) for file in self.files]
+        limit = self.fraction if min(keys) < self.fraction else math.nextafter(min(keys), 1)  # at least one
         if self.part == "val":
             # By hash, not by name: a cap on the validation tokens then takes a fair sample, not the files
             # starting with 'a'.

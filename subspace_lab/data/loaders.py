@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from subspace_lab.data.order import EpochOrder, validation_batch
 from subspace_lab.data.packing import IGNORE, Batch, Rows
@@ -76,7 +76,7 @@ class TrainLoader:
     def __iter__(self) -> Iterator[Batch]:
         start = self._start()
         dataset = self._dataset(start)
-        sampler = itertools.count(start) if hasattr(dataset, "__getitem__") else None
+        sampler = None if isinstance(dataset, IterableDataset) else itertools.count(start)
         for item in make_loader(dataset, sampler, self._num_workers):
             yield self._receive(item)
 

@@ -194,9 +194,7 @@ class TextDataModule(LightningDataModule):
                 lambda: self._position.consumed, self._stream_from, self._receive_streamed, self._num_workers
             )
         rows = self._rows(self._train_store)
-        batches = TrainBatches(
-            rows, EpochOrder(len(rows), self._seed), self.batch_size, self._rank, self._world_size
-        )
+        batches = TrainBatches(rows, EpochOrder(len(rows), self._seed), self.batch_size, self._rank, self._world_size)
         return TrainLoader(lambda: self._position.consumed, lambda _: batches, _as_is, self._num_workers)
 
     def val_dataloader(self) -> ValidationLoader:

@@ -105,9 +105,7 @@ class PaddedRows:
         return batch
 
 
-def _batch(
-    store: TokenStore, positions: npt.NDArray[np.int64], real: npt.NDArray[np.bool_], pad_id: int
-) -> Batch:
+def _batch(store: TokenStore, positions: npt.NDArray[np.int64], real: npt.NDArray[np.bool_], pad_id: int) -> Batch:
     tokens = store.tokens[np.where(real, positions, 0)].astype(np.int64)
     return {
         "input_ids": torch.from_numpy(np.where(real, tokens, pad_id)),

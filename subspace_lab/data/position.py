@@ -83,9 +83,7 @@ class TrainPosition:
         self.consumed, extra = divmod(rows, now)
         self.pending.clear()
         if extra:
-            log.warning(
-                "The checkpoint stands inside a batch of %d rows: %d rows are read again.", now, extra
-            )
+            log.warning("The checkpoint stands inside a batch of %d rows: %d rows are read again.", now, extra)
         saved = state.get("streams")
         if not self.n_streams or saved is None:
             return

@@ -62,16 +62,14 @@ class StreamSource:
         Raises:
             UserError: the hub cannot be reached or has no such data.
         """
-        import datasets
-
         try:
             if not self.data_files:
                 require_network()
+            import datasets
+
             files = list(self.data_files) or None
             split = "train" if files else self.split
-            return datasets.load_dataset(
-                self.path, self.config, data_files=files, split=split, streaming=True
-            )
+            return datasets.load_dataset(self.path, self.config, data_files=files, split=split, streaming=True)
         except Exception as error:
             raise hub_error(self.tried, self.name, error, self.hint) from error
 
@@ -79,9 +77,7 @@ class StreamSource:
         """Texts of one shard in lists of `window`, after `skip` documents."""
         # iter(batch_size) and not a plain loop: that one divides the shards once more among DataLoader
         # workers.
-        for rows in (
-            dataset.shard(num_shards=dataset.num_shards, index=index).skip(skip).iter(batch_size=window)
-        ):
+        for rows in dataset.shard(num_shards=dataset.num_shards, index=index).skip(skip).iter(batch_size=window):
             yield self._column(rows)
 
     def _column(self, rows: dict[str, list[Any]]) -> list[str]:
@@ -141,9 +137,7 @@ class TextStream:
                 start += len(part)
                 have += len(part)
                 if have == need:
-                    tokens = torch.from_numpy(
-                        np.concatenate(parts).astype(np.int64).reshape(self.batch_size, -1)
-                    )
+                    tokens = torch.from_numpy(np.concatenate(parts).astype(np.int64).reshape(self.batch_size, -1))
                     yield {"input_ids": tokens, "labels": tokens.clone()}, replace(here, token=start)
                     parts, have = [], 0
             start = 0
@@ -203,9 +197,7 @@ class TextStream:
                     here = replace(here, window=here.window + 1, document=0)
                 here = replace(here, window=0, document=0)
             if not found:
-                raise UserError(
-                    f"{self.source.name} holds no text for stream {self.stream + 1} of {self.n_streams}"
-                )
+                raise UserError(f"{self.source.name} holds no text for stream {self.stream + 1} of {self.n_streams}")
             here = Position(epoch=here.epoch + 1)
 
 

@@ -51,10 +51,7 @@ class Tokenizer:
         """Tokenise each text; no special tokens are added. Returns one uint32 array per text."""
         pieces = [list(_pieces(text)) for text in texts]
         flat = iter(self._encode([piece for group in pieces for piece in group]))
-        return [
-            np.concatenate([next(flat) for _ in group]) if group else np.empty(0, np.uint32)
-            for group in pieces
-        ]
+        return [np.concatenate([next(flat) for _ in group]) if group else np.empty(0, np.uint32) for group in pieces]
 
     def _encode(self, texts: list[str]) -> list[Ids]:
         raise NotImplementedError
@@ -105,9 +102,7 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; the separator and padding disappear."""
         size = self._model.get_piece_size()
-        return str(
-            self._model.decode([int(i) for i in ids if i < size and i not in (self.eos_id, self.pad_id)])
-        )
+        return str(self._model.decode([int(i) for i in ids if i < size and i not in (self.eos_id, self.pad_id)]))
 
 
 class VocabularyTokenizer(Tokenizer):

@@ -48,8 +48,7 @@ def _local(path: Path) -> Tokenizer:
         if len(models) == 1:
             return SentencePieceTokenizer(models[0])
         raise UserError(
-            f"data.tokenizer={path}: expected tokenizer.json, "
-            "vocab.json with merges.txt, or one .model file there"
+            f"data.tokenizer={path}: expected tokenizer.json, vocab.json with merges.txt, or one .model file there"
         )
     return _tokenizer_json(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
 
@@ -73,9 +72,7 @@ def _byte_level_bpe(folder: Path) -> Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(merges)))
     except Exception as error:
-        raise UserError(
-            f"data.tokenizer={folder}: vocab.json and merges.txt do not fit together ({error})"
-        ) from error
+        raise UserError(f"data.tokenizer={folder}: vocab.json and merges.txt do not fit together ({error})") from error
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     return _wrap(str(folder), _digest(file_hash(vocab), file_hash(merges)), tokenizer)
@@ -116,9 +113,7 @@ def _from_hub(name: str, data_dir: Path) -> Tokenizer:
         _digest(name, json.dumps(vocabulary, sort_keys=True)),
         vocabulary,
         specials,
-        encode=lambda texts: (
-            tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        ),
+        encode=lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [],
         decode=lambda ids: str(tokenizer.decode(ids)),
         eos=tokenizer.eos_token,
         pad=tokenizer.pad_token,

@@ -7,13 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from subspace_lab.linalg.precision import full_precision, upcast
+from subspace_lab.linalg.precision import upcast
 from subspace_lab.linalg.random import uniform
 
 _FILL_KEY = 0x5EED
 
 
-@full_precision
 def orthonormalize(Y: Tensor, *, method: Literal["auto", "qr", "cholesky"] = "auto") -> Tensor:
     """Orthonormal basis Q of the columns of Y: the Q factor of the QR decomposition with diag(R) > 0.
 

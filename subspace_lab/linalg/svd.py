@@ -133,20 +133,22 @@ def subspace_iteration(
 ) -> tuple[Tensor, Tensor]:
     """Block power iteration on AᵀA from a previous basis (Golub, Van Loan, Matrix Computations, §8.2.4).
 
-    The half-step orthonormalisation keeps directions with small singular values from drowning, and
-    Rayleigh-Ritz rotates the result to singular-vector order: elementwise optimizers such as Adam depend on
-    the basis, not only on its span.
+    Rayleigh-Ritz comes first in every iteration: rotating A P by the eigenvectors of its Gram matrix puts it in
+    singular-vector order (elementwise optimizers such as Adam depend on the basis, not only on its span) and makes
+    its columns orthogonal, so that directions with small singular values do not drown in the second product and
+    no tall orthonormalisation is needed at the half step; the QR decomposition keeps the order.
 
     Args:
         A: (..., p, q). A zero (or non-finite) matrix says nothing: its old basis is returned.
         P: (..., q, r) previous basis with orthonormal columns.
-        iterations: each costs two products with A; Rayleigh-Ritz adds one.
-        rayleigh_ritz: if False, nothing synchronises; columns keep the order of the old basis and s holds the
-            unordered column norms ‖Aᵀ q_j‖.
+        iterations: each costs two products with A and an r x r eigenproblem.
+        rayleigh_ritz: if False, nothing synchronises; the half step is orthonormalised instead and columns keep
+            the order of the old basis.
 
     Returns:
-        P (..., q, r) and s (..., r). With p < r the span of A is smaller than the basis: then `gram_eigh`
-        answers (which synchronises, whatever ``rayleigh_ritz`` says).
+        P (..., q, r) and estimates s (..., r) of the singular values, unordered without Rayleigh-Ritz. With
+        p < r the span of A is smaller than the basis: then `gram_eigh` answers (which synchronises, whatever
+        ``rayleigh_ritz`` says).
     """
     r = P.shape[-1]
     _check_rank(A, r)
@@ -156,18 +158,22 @@ def subspace_iteration(
     old = P.to(scaled.dtype)
     if A.shape[-2] < r:
         new, s = gram_eigh(scaled, r)
-    else:
-        new = old
-        for _ in range(iterations):
-            Z = scaled.mT @ orthonormalize(scaled @ new)
-            new = orthonormalize(Z)
-        if rayleigh_ritz:
-            image = (scaled @ new).double()
-            values, W = _descending_eigh(image.mT @ image)
-            new, s = matmul(new, W.to(new.dtype)), values.sqrt().to(new.dtype)
-        else:
-            s = Z.norm(dim=-2)
+        return torch.where(scale > 0, new, old), s * scale[..., 0]
+    new, s = old, torch.zeros_like(old[..., 0, :])
+    for _ in range(iterations):
+        half = _ritz(scaled @ new) if rayleigh_ritz else orthonormalize(scaled @ new)
+        Z = scaled.mT @ half
+        s = Z.norm(dim=-2)
+        new = orthonormalize(Z)
     return torch.where(scale > 0, new, old), s * scale[..., 0]
+
+
+def _ritz(Y: Tensor) -> Tensor:
+    """Rotate the columns of Y (..., p, r) into its left singular vectors, longest first, of unit length."""
+    _, W = _descending_eigh(matmul(Y.mT, Y))
+    rotated = matmul(Y, W)
+    length = rotated.norm(dim=-2, keepdim=True)
+    return torch.where(length > 0, rotated / length.clamp_min(torch.finfo(Y.dtype).tiny), rotated)
 
 
 def align_signs(P: Tensor, P_old: Tensor) -> Tensor:

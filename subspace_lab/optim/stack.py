@@ -166,7 +166,7 @@ class Stack:
     # -- coordinates as the inner optimizer's parameters ---------------------------------------------------------
 
     def load_coordinates(self, Z: Tensor, start: Tensor | None) -> Tensor:
-        """Point the inner parameters at `start` (zeros) with gradient Z (B, p, r); returns the tensor that will move."""
+        """Set the inner parameters to `start` (zeros) with gradient Z (B, p, r); returns what the step will move."""
         step = torch.zeros_like(Z) if start is None else start.clone()
         if self.stacked:
             self.coords[0].data, self.coords[0].grad = step, Z

@@ -18,6 +18,7 @@ from subspace_lab.errors import UserError
 from subspace_lab.reporting.tables import write_bytes
 
 if TYPE_CHECKING:
+    import torch
     from omegaconf import DictConfig
     from torch import nn
 
@@ -70,9 +71,14 @@ def print_estimate(runs: Sequence[tuple[str, DictConfig]]) -> None:
     for label, _ in columns:
         table.add_column(label, justify="right")
     for row in ("weights", "gradients", "state", "activations", "total"):
-        table.add_row("optimizer state" if row == "state" else row, *(write_bytes(getattr(memory, row)) for _, memory in columns))
+        table.add_row(
+            "optimizer state" if row == "state" else row,
+            *(write_bytes(getattr(memory, row)) for _, memory in columns),
+        )
     console = Console()
-    console.print(f"memory per device: {first.parameters / 1e6:,.1f} M parameters, {cfg.trainer.precision}, ", end="")
+    console.print(
+        f"memory per device: {first.parameters / 1e6:,.1f} M parameters, {cfg.trainer.precision}, ", end=""
+    )
     console.print(f"micro-batches of {cfg.data.batch_size} × {cfg.data.block_size} tokens")
     console.print(table)
     for line in dict.fromkeys(notes):
@@ -86,16 +92,17 @@ def estimate(cfg: DictConfig, notes: list[str]) -> Memory:
     plan: TrainerPlan = build.instantiate(cfg.trainer)
     method = build.build_method(cfg)
     data = build.build_data(cfg)
-    low = torch.bfloat16 if plan.precision.startswith("bf16") else torch.float16
+    size = _Vocabulary(_vocabulary(cfg, data, notes))
+    half = torch.float16 if plan.precision == "16-mixed" else torch.bfloat16
     with _fake():
-        model = build.build_model(cfg, _Vocabulary(_vocabulary(cfg, data, notes)))  # type: ignore[arg-type]
-        method.prepare(model)
-        mixed = plan.precision.endswith("mixed")
-        if mixed or plan.precision == "bf16-true":
-            model = model.to(low)
-        activations = _saved_bytes(model, data.batch_size, data.block_size)  # type: ignore[attr-defined]
-        if mixed:
-            model = model.float()  # mixed precision computes in 16 bits but keeps weights, gradients and state in 32
+        with _default_dtype(torch.float32 if plan.precision == "32-true" else half):
+            model = build.build_model(cfg, size)  # type: ignore[arg-type]
+            method.prepare(model)
+            activations = _saved_bytes(model, data.batch_size, data.block_size)  # type: ignore[attr-defined]
+        if plan.precision.endswith("mixed"):
+            # Mixed precision computes in 16 bits but keeps weights, gradients and state in 32.
+            model = build.build_model(cfg, size)  # type: ignore[arg-type]
+            method.prepare(model)
         parameters = list(model.parameters())
         sizes = [p.numel() * p.element_size() for p in parameters]
         return Memory(
@@ -118,7 +125,9 @@ def _vocabulary(cfg: DictConfig, data: Any, notes: list[str]) -> int:
     tokenizer = str(cfg.data.get("tokenizer", ""))
     if tokenizer == "bytes" or Path(tokenizer).exists():
         return int(data.vocab_size)
-    notes.append(f"the tokenizer {tokenizer} is not looked up: a vocabulary of {USUAL_VOCABULARY} (set model.vocab_size)")
+    notes.append(
+        f"the tokenizer {tokenizer} is not looked up: a vocabulary of {USUAL_VOCABULARY} (set model.vocab_size)"
+    )
     return USUAL_VOCABULARY
 
 
@@ -129,6 +138,18 @@ def _fake() -> Iterator[None]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
     gc.collect()
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _saved_bytes(model: nn.Module, batch_size: int, block_size: int) -> int:
@@ -163,5 +184,7 @@ def _state_bytes(cfg: DictConfig, method: Method, model: nn.Module) -> int:
     try:
         optimizer.step()
     except (RuntimeError, NotImplementedError, AssertionError) as error:
-        raise UserError(f"optimizer={type(optimizer).__name__} cannot be estimated: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"optimizer={type(optimizer).__name__} cannot be estimated: {str(error).splitlines()[0]}"
+        ) from error
     return state_bytes(optimizer)

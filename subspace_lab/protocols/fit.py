@@ -56,7 +56,9 @@ class Fit:
         data.prepare_data()
         data.setup("fit")
 
-        module, trainer, driver, checkpointing = self._assemble(cfg, plan, method, data, accumulation, run_dir, label, resume_dir)
+        module, trainer, driver, checkpointing = self._assemble(
+            cfg, plan, method, data, accumulation, run_dir, label, resume_dir
+        )
         checkpoint = find_checkpoint(cfg.resume, run_dir)
         try:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -106,7 +108,9 @@ class Fit:
         driver = MethodDriver(plan.log_every, timing)
         checkpointing = Checkpointing(run_dir, plan.checkpoint_every, timing)
         callbacks: list[Any] = [RunState(), timing, driver]
-        callbacks += [build.instantiate(node) for node in (cfg.get("callbacks") or {}).values() if node is not None]
+        callbacks += [
+            build.instantiate(node) for node in (cfg.get("callbacks") or {}).values() if node is not None
+        ]
         if plan.progress != "off":
             callbacks.append(ProgressDisplay(driver, label, bar=plan.wants_bar()))
         # The last two: everything else has seen the step before it is saved, and it is saved before the run may stop.
@@ -115,7 +119,9 @@ class Fit:
         loggers = build.instantiate(cfg.logger).create(
             run_dir, name=str(cfg.name), method=method.name, tags=list(cfg.tags), config=plain
         )
-        trainer = plan.create(accumulation=accumulation, callbacks=callbacks, loggers=loggers, run_dir=run_dir)
+        trainer = plan.create(
+            accumulation=accumulation, callbacks=callbacks, loggers=loggers, run_dir=run_dir
+        )
         return module, trainer, driver, checkpointing
 
     def _outcome(
@@ -192,6 +198,9 @@ def export(model: nn.Module, method: Method, folder: Path) -> None:
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in method.export(model).items()}
     save = getattr(model, "save_pretrained", None)
     if save is not None:
+        from transformers.utils import logging as hub_logging
+
+        hub_logging.disable_progress_bar()  # one shard, milliseconds
         save(folder, state_dict=weights)
         return
     from safetensors.torch import save_file
@@ -205,5 +214,10 @@ def state_bytes(optimizer: Optimizer) -> int:
     own = getattr(optimizer, "state_bytes", None)
     if own is not None:
         return int(own())
-    tensors = [value for state in optimizer.state.values() for value in state.values() if hasattr(value, "element_size")]
+    tensors = [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if hasattr(value, "element_size")
+    ]
     return sum(t.numel() * t.element_size() for t in tensors)

@@ -50,12 +50,17 @@ def git_revision(folder: Path) -> dict[str, Any] | None:
     revision = _git(folder, "rev-parse", "HEAD")
     if revision is None or _git(folder, "ls-files", "--error-unmatch", "environment.py") is None:
         return None  # no checkout, no commit yet, or an environment folder inside somebody else's checkout
-    return {"revision": revision, "dirty": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
+    return {
+        "revision": revision,
+        "dirty": bool(_git(folder, "status", "--porcelain", "--untracked-files=no")),
+    }
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

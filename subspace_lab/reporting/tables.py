@@ -94,7 +94,9 @@ def summary(runs: Sequence[tuple[Path, Results]]) -> Table:
         if score is not None and (task not in best or score < best[task][0]):
             best[task] = (score, key)
     winners = {key for _, key in best.values()}
-    ordered = sorted(groups, key=lambda k: (k[2:5], score if (score := _score(groups[k])) is not None else math.inf))
+    ordered = sorted(
+        groups, key=lambda k: (k[2:5], score if (score := _score(groups[k])) is not None else math.inf)
+    )
     for key in ordered:
         members = groups[key]
         cells = [_mean_sd([m["metrics"].get(metric) for m in members], kind) for metric, _, kind in shown]
@@ -142,7 +144,12 @@ def beside_published(metrics: Mapping[str, Any], published: Mapping[str, Any]) -
     from rich.table import Table
 
     table = Table(title=f"beside {published['source']}", title_justify="left", box=box.SIMPLE_HEAD)
-    for column, side in (("", "left"), ("published", "right"), ("this run", "right"), ("difference", "right")):
+    for column, side in (
+        ("", "left"),
+        ("published", "right"),
+        ("this run", "right"),
+        ("difference", "right"),
+    ):
         table.add_column(column, justify=side)  # type: ignore[arg-type]
     for name, theirs in published["metrics"].items():
         ours = metrics.get(name)

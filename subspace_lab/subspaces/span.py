@@ -95,7 +95,7 @@ class Span(Subspace):
         size = A.abs().amax(dim=(1, 2))
         ok = torch.isfinite(size) & (size > 0)
         good = ok[:, None, None]
-        new = self.choose(torch.where(good, A, torch.zeros_like(A)), P, members)
+        new = self.choose(A, P, members)  # the kernels read matrices that are not finite as zero
         if self.within is not None:
             new = self._inside(new, members)
         if self.align_signs:
@@ -164,7 +164,7 @@ class SVD(Span):
         for own, right in ((True, True), (False, False)):
             rows = [i for i, n in enumerate(native) if n is own]
             if rows:
-                M = A[rows] if right else A[rows].mT
+                M = torch.nan_to_num(A[rows] if right else A[rows].mT, posinf=0.0, neginf=0.0)
                 U, _, Vh = torch.linalg.svd(M, full_matrices=False)
                 full = Vh.mT if right else U
                 if full.shape[-1] < self.r:  # more directions asked for than the gradient has

@@ -36,7 +36,9 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     folder = run_dir / FOLDER
     if not folder.is_dir():
         return []
-    return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), key=lambda p: p.name, reverse=True)
+    return sorted(
+        (p for p in folder.iterdir() if _NAME.fullmatch(p.name)), key=lambda p: p.name, reverse=True
+    )
 
 
 def step_of(path: Path) -> int:
@@ -54,7 +56,11 @@ def damage(path: Path) -> str | None:
     try:
         if sidecar.is_file():
             digest = _file_sha256(path)
-            return None if digest == sidecar.read_text().split()[0] else "its SHA-256 differs from the one written with it"
+            return (
+                None
+                if digest == sidecar.read_text().split()[0]
+                else "its SHA-256 differs from the one written with it"
+            )
         torch.load(path, map_location="meta", weights_only=True)
     except (OSError, RuntimeError, EOFError, IndexError) as error:
         return str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -95,7 +101,9 @@ class AtomicCheckpointIO(CheckpointIO):
         self.keep = keep
         self.problem: str | None = None
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
         """Write `checkpoint` to `path`, then remove the oldest ones."""
         target = Path(path)
         self.problem = None
@@ -114,7 +122,9 @@ class AtomicCheckpointIO(CheckpointIO):
         """Read a checkpoint, refusing a damaged one in one line."""
         problem = damage(Path(path))
         if problem is not None:
-            raise UserError(f"checkpoint {path} is damaged: {problem}", hint="give an earlier one with resume=PATH")
+            raise UserError(
+                f"checkpoint {path} is damaged: {problem}", hint="give an earlier one with resume=PATH"
+            )
         return load(Path(path))
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -193,4 +203,6 @@ def _file_sha256(path: Path) -> str:
 def _explain(error: OSError, target: Path) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left on the disk of {target.parent}: {target.name} was not written, earlier checkpoints are untouched"
-    return f"checkpoint {target} was not written: {error.strerror or error}; earlier checkpoints are untouched"
+    return (
+        f"checkpoint {target} was not written: {error.strerror or error}; earlier checkpoints are untouched"
+    )

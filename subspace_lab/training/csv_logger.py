@@ -18,7 +18,8 @@ class RunCSVLogger(Logger):
     """Writes rows `step, name, …` to one CSV file.
 
     Values logged for the same step share a row, which is written when the next step's values arrive or on `save`. A name seen
-    for the first time adds a column: the file is then rewritten once. Values keep all their digits (repr).
+    for the first time adds a column, and a value for a row already written is put into it: the file is then rewritten
+    once. Values keep all their digits (repr).
 
     Args:
         path: the file; rows already there stay (a resumed run) and columns are taken over.
@@ -29,8 +30,11 @@ class RunCSVLogger(Logger):
         self.path = path
         self._columns = ["step"]
         self._row: dict[str, Any] = {}
+        self._last_step: int | None = None
         if path.is_file():
-            self._columns = _read(path)[0] or self._columns
+            columns, rows = _read(path)
+            self._columns = columns or self._columns
+            self._remember(rows)
 
     @property
     def name(self) -> str:
@@ -60,12 +64,16 @@ class RunCSVLogger(Logger):
             return
         row, self._row = self._row, {}
         new = [name for name in row if name not in self._columns]
-        if new or not self.path.is_file():
+        if new or row["step"] == self._last_step or not self.path.is_file():
             rows = _read(self.path)[1] if self.path.is_file() else []
+            if rows and row["step"] == self._last_step:
+                row = rows.pop() | row
             self._columns += new
-            self._rewrite(rows)
-        with self.path.open("a", newline="") as file:
-            file.write(_format([row], self._columns))
+            self._rewrite([*rows, row])
+        else:
+            with self.path.open("a", newline="") as file:
+                file.write(_format([row], self._columns))
+        self._last_step = int(row["step"])
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -78,6 +86,10 @@ class RunCSVLogger(Logger):
         if self.path.is_file():
             rows = [row for row in _read(self.path)[1] if int(row["step"]) <= step]
             self._rewrite(rows)
+            self._remember(rows)
+
+    def _remember(self, rows: list[dict[str, Any]]) -> None:
+        self._last_step = int(rows[-1]["step"]) if rows else None
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         header = ",".join(self._columns) + "\n"

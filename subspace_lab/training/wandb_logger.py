@@ -37,7 +37,10 @@ class WandbRunLogger(Logger):
         mode = os.environ.get("WANDB_MODE")
         if mode is None and not _has_key():
             mode = "offline"
-            print(f"wandb: no API key, logging offline; upload later with: wandb sync {run_dir}/wandb/offline-*", file=sys.stderr)
+            print(
+                f"wandb: no API key, logging offline; upload later with: wandb sync {run_dir}/wandb/offline-*",
+                file=sys.stderr,
+            )
         # `reinit`: a compared baseline in the same process is a run of its own. No console capture, no prompts.
         self._run = wandb.init(
             **settings,

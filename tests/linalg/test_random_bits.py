@@ -104,9 +104,7 @@ def test_statistics() -> None:
 
 
 def test_derive_key_separates_parts() -> None:
-    keys = [
-        derive_key(*parts) for parts in (("ab", "c"), ("a", "bc"), (1,), ("1",), (1, 1), (11,), (-1,), ())
-    ]
+    keys = [derive_key(*parts) for parts in (("ab", "c"), ("a", "bc"), (1,), ("1",), (1, 1), (11,), (-1,), ())]
     assert len(set(keys)) == len(keys) and all(0 <= key < 2**63 for key in keys)
 
 

@@ -86,9 +86,7 @@ def test_tangent_is_an_orthogonal_projection(name: str) -> None:
     }[name]
     assert float(zero.abs().max()) < 1e-14
     # The tangent space is not too small: its dimension is the manifold's.
-    basis = torch.stack(
-        [manifold.tangent(S[0], E.reshape(10, 4)) for E in torch.eye(40, dtype=torch.float64)]
-    )
+    basis = torch.stack([manifold.tangent(S[0], E.reshape(10, 4)) for E in torch.eye(40, dtype=torch.float64)])
     dimension = {"grassmann": 4 * (10 - 4), "stiefel": 40 - 4 * 5 // 2, "sphere": 4 * 9}[name]
     assert int(torch.linalg.matrix_rank(basis.reshape(40, 40))) == dimension
 
@@ -134,9 +132,7 @@ def test_grassmann_geodesic_equals_the_tall_svd_form() -> None:
     manifold = Grassmann()
     S = manifold.random((3, 20, 4), 3, dtype=torch.float64)
     V = 0.7 * unit_tangent(manifold, S, 4)
-    V[1] = V[1] @ torch.diag(
-        torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
-    )  # rank-deficient direction
+    V[1] = V[1] @ torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64))  # rank-deficient direction
     U, s, Wh = torch.linalg.svd(V, full_matrices=False)
     expected = (S @ Wh.mT * s.cos().unsqueeze(-2) + U * s.sin().unsqueeze(-2)) @ Wh
     torch.testing.assert_close(manifold.retract(S, V, "geodesic"), expected, atol=1e-12, rtol=0)
@@ -254,6 +250,16 @@ def test_inverse_sqrt_routes_agree(condition: float) -> None:
     torch.testing.assert_close(inverse_sqrt(G, "newton_schulz"), expected, atol=1e-7, rtol=0)
 
 
+@each_method
+@pytest.mark.parametrize("name", ["grassmann", "stiefel"])
+def test_a_step_of_length_100_stays_on_the_manifold_in_float32(name: str, method: Retraction) -> None:
+    """The Gram form squares the condition number, so float32 inside is not enough."""
+    S = MANIFOLDS[name].random((20, 6, 3), 0)
+    V = MANIFOLDS[name].tangent(S, gaussian(20, 6, 3, dtype=torch.float32))
+    V = 100 * V / torch.linalg.matrix_norm(V, 2)[..., None, None]
+    assert float(MANIFOLDS[name].check(MANIFOLDS[name].retract(S, V, method)).max()) <= 2e-6
+
+
 @pytest.mark.parametrize("name", ["grassmann", "stiefel"])
 def test_polar_is_the_nearest_orthonormal_matrix(name: str) -> None:
     manifold = MANIFOLDS[name]
@@ -273,30 +279,3 @@ def test_step_path_never_reads_a_value_back(name: str, method: Retraction) -> No
     S_new = manifold.retract(S, V, method)
     assert manifold.transport(S, V, S_new).shape == S.shape
     assert manifold.check(S_new).shape == (3,)
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@each_manifold
-@pytest.mark.parametrize("method", ["polar", "qr"])
-def test_cuda_steps_do_not_synchronise_and_survive_tf32(name: str, method: Retraction) -> None:
-    manifold = MANIFOLDS[name]
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        S = manifold.random((8, 64, 8), 0, device="cuda")
-        G = torch.randn(8, 64, 8, device="cuda") * 0.05
-        S = manifold.retract(S, manifold.tangent(S, G), method)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        for _ in range(20):
-            V = manifold.tangent(S, G)
-            S_new = manifold.retract(S, V, method)
-            V = manifold.transport(S, V, S_new)
-            S = S_new
-        residual = manifold.check(S)
-        torch.cuda.set_sync_debug_mode("default")
-        assert float(residual.max()) <= 2e-6
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-        torch.set_float32_matmul_precision(before)

@@ -164,7 +164,8 @@ if __name__ == "__main__":  # writes the golden numbers; needs `pip install galo
         for n, p in params.items():
             p.grad = golden_gradient(n, tuple(p.shape), t)
         opt.step()
-    origin = f"galore-torch 1.0 GaLoreAdamW, torch {torch.__version__}, fp32, CPU, 25 steps, rank 3, gap 10, scale 0.25, lr 0.01"
+    run = "fp32, CPU, 25 steps, rank 3, gap 10, scale 0.25, lr 0.01"
+    origin = f"galore-torch 1.0 GaLoreAdamW, torch {torch.__version__}, {run}"
     GOLDEN.write_text(
         json.dumps({"origin": origin, "weights": {n: p.data.flatten().tolist() for n, p in params.items()}}) + "\n"
     )

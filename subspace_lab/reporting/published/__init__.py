@@ -21,15 +21,23 @@ def lookup(entry: str) -> dict[str, Any]:
 
     file, _, path = entry.partition("/")
     folder = resources.files(__name__)
-    names = sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+    names = sorted(
+        item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")
+    )
     if file not in names:
-        raise UserError(f"published={entry}: no such table", hint=did_you_mean(file, names) or f"there are: {', '.join(names)}")
+        raise UserError(
+            f"published={entry}: no such table",
+            hint=did_you_mean(file, names) or f"there are: {', '.join(names)}",
+        )
     table = yaml.safe_load((folder / f"{file}.yaml").read_text(encoding="utf-8"))
     node = table["entries"]
     for key in path.split("/"):
         if not isinstance(node, dict) or key not in node:
             options = list(node) if isinstance(node, dict) else []
-            raise UserError(f"published={entry}: no '{key}' there", hint=did_you_mean(key, options) or f"there are: {', '.join(options)}")
+            raise UserError(
+                f"published={entry}: no '{key}' there",
+                hint=did_you_mean(key, options) or f"there are: {', '.join(options)}",
+            )
         node = node[key]
     if not isinstance(node, dict) or "metrics" not in node:
         raise UserError(f"published={entry}: name one entry", hint=f"there are: {', '.join(node)}")

@@ -56,7 +56,9 @@ class Checkpointing(Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         interval = trainer.val_check_batch
-        self.validation_due = isinstance(interval, int) and (batch_idx + 1) % interval == 0 and trainer.limit_val_batches != 0
+        self.validation_due = (
+            isinstance(interval, int) and (batch_idx + 1) % interval == 0 and trainer.limit_val_batches != 0
+        )
         if not self.validation_due:
             self._save_if_due(trainer)
 
@@ -110,7 +112,9 @@ class Checkpointing(Callback):
         self.validation_due = bool(state_dict["validation_due"])
         self.validated_at = int(state_dict["validated_at"])
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Put the loop between two batches and drop logged rows of steps that will be run again."""
         step = int(checkpoint["global_step"])
         self._saved_at = step
@@ -139,4 +143,3 @@ def canonical_loops(state: dict[str, Any], step: int, accumulation: int) -> None
     validation.update(total=dict(zero), current=dict(zero), is_last_batch=False)
     epoch = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
     state["epoch_progress"].update(total=dict(epoch), current=dict(epoch))
-

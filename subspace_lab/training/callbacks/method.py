@@ -41,7 +41,9 @@ class MethodDriver(Callback):
         self._optimizer = trainer.optimizers[0]
         self._refresh_start = self._counters()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Ask the optimizer to measure the coming step if it will be logged."""
         if hasattr(self._optimizer, "measure"):
             self._optimizer.measure = (trainer.global_step + 1) % self.log_every == 0
@@ -69,6 +71,8 @@ class MethodDriver(Callback):
             "train/tokens_per_second": self.timing.tokens_per_second,
         }
         measured = {f"subspace/{name}": float(value) for name, value in pl_module.method.metrics().items()}
+        if "subspace/refreshes" in measured:  # the optimizer counts its own life, the rows count the run's
+            measured["subspace/refreshes"] = self._refreshes()[1]
         if "subspace/captured_energy" in measured:
             self._energy[0] += measured["subspace/captured_energy"]
             self._energy[1] += 1
@@ -105,7 +109,9 @@ class MethodDriver(Callback):
         ]
 
     def _refreshes(self) -> list[float]:
-        return [a + b - c for a, b, c in zip(self._refresh, self._counters(), self._refresh_start, strict=True)]
+        return [
+            a + b - c for a, b, c in zip(self._refresh, self._counters(), self._refresh_start, strict=True)
+        ]
 
 
 def write_row(trainer: Trainer, values: dict[str, float]) -> None:

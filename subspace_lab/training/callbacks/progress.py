@@ -51,7 +51,9 @@ class ProgressDisplay(Callback):
             console=Console(stderr=True),
             expand=True,
         )
-        self._task = self._progress.add_task(self.label, total=trainer.max_steps, completed=trainer.global_step, figures="")
+        self._task = self._progress.add_task(
+            self.label, total=trainer.max_steps, completed=trainer.global_step, figures=""
+        )
         self._progress.start()
 
     def on_train_batch_end(

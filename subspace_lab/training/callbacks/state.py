@@ -21,7 +21,9 @@ class RunState(Callback):
     def __init__(self) -> None:
         self._to_restore: dict[str, Any] | None = None
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Put the generators back where the checkpoint, or the batch before the validation, had left them."""
         if self._to_restore is not None:
             rng.set_state(self._to_restore)
