@@ -115,7 +115,9 @@ def _fits_sequence(value: Any, kind: type, members: tuple[Any, ...]) -> bool:
     if not members:
         return True
     if kind is tuple and Ellipsis not in members:
-        return len(value) == len(members) and all(fits(item, member) for item, member in zip(value, members, strict=True))
+        return len(value) == len(members) and all(
+            fits(item, member) for item, member in zip(value, members, strict=True)
+        )
     return all(fits(item, members[0]) for item in value)
 
 
@@ -130,7 +132,9 @@ def _is_mapping(value: Any) -> bool:
 
 
 def _hint(value: Any, annotation: Any, key: str) -> str | None:
-    choices = [choice for member in _members(annotation) for choice in get_args(member) if get_origin(member) is Literal]
+    choices = [
+        choice for member in _members(annotation) for choice in get_args(member) if get_origin(member) is Literal
+    ]
     if isinstance(value, str):
         return did_you_mean(value, [choice for choice in choices if isinstance(choice, str)]) or None
     kinds = _members(annotation)

@@ -82,7 +82,9 @@ def resume(argv: Sequence[str]) -> int:
         return 0
     overrides = [str(text) for text in OmegaConf.load(saved)]
     kept = [text for text in overrides if not text.lstrip("+").startswith(("resume=", "hydra."))]
-    origin = OmegaConf.load(run_dir / ".hydra" / "hydra.yaml") if (run_dir / ".hydra" / "hydra.yaml").is_file() else None
+    origin = (
+        OmegaConf.load(run_dir / ".hydra" / "hydra.yaml") if (run_dir / ".hydra" / "hydra.yaml").is_file() else None
+    )
     if origin is not None:
         # Relative paths in the overrides are meant from where the run was started.
         with contextlib.suppress(OSError):
@@ -91,7 +93,9 @@ def resume(argv: Sequence[str]) -> int:
         folders = [source.path for source in added if source.provider == "command-line"]
         if folders:
             kept.append(f"hydra.searchpath=[{','.join(sweeps.quote(f'file://{folder}') for folder in folders)}]")
-    return main([*kept, f"resume={sweeps.quote(str(run_dir))}", f"hydra.run.dir={sweeps.quote(str(run_dir))}", *argv[1:]])
+    return main(
+        [*kept, f"resume={sweeps.quote(str(run_dir))}", f"hydra.run.dir={sweeps.quote(str(run_dir))}", *argv[1:]]
+    )
 
 
 def compose_config(overrides: Sequence[str]) -> DictConfig:
@@ -114,7 +118,13 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     shows = [
         parser.add_argument("--cfg", "-c", choices=["job", "hydra", "all"]),
         parser.add_argument("--package", "-p"),
-        parser.add_argument("--info", "-i", nargs="?", const="all", choices=["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]),
+        parser.add_argument(
+            "--info",
+            "-i",
+            nargs="?",
+            const="all",
+            choices=["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"],
+        ),
         parser.add_argument("--experimental-rerun"),
         parser.add_argument("--resolve", action="store_true"),
         parser.add_argument("--hydra-help", action="store_true"),
@@ -128,7 +138,9 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if unknown:
         known = [flag for action in parser._actions for flag in action.option_strings]
         near = schema.nearest(unknown[0], [*known, "--help", "--version", "--debug"])
-        raise UserError(f"unknown flag '{unknown[0]}'", hint=f"did you mean '{near}'?" if near else "see subspace-lab --help")
+        raise UserError(
+            f"unknown flag '{unknown[0]}'", hint=f"did you mean '{near}'?" if near else "see subspace-lab --help"
+        )
     chosen = set(rest)
     options.flags = [word for word in argv if word not in chosen]
     options.shows_only = any(getattr(options, action.dest) for action in shows)
@@ -139,7 +151,11 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _prepare(options: argparse.Namespace, overrides: list[str]) -> list[str] | None:
     """Compose once, before Hydra runs; return overrides to add, or None if there is nothing left to do."""
-    searchpath = [f"hydra.searchpath=[{sweeps.quote(f'file://{Path(options.config_dir).resolve()}')}]"] if options.config_dir else []
+    searchpath = (
+        [f"hydra.searchpath=[{sweeps.quote(f'file://{Path(options.config_dir).resolve()}')}]"]
+        if options.config_dir
+        else []
+    )
     with _initialized():
         cfg = _compose([*overrides, *searchpath], multirun=options.multirun, config_name=options.config_name)
         if cfg.hydra.mode == RunMode.MULTIRUN or options.multirun:
@@ -168,7 +184,10 @@ def _choose_run_dir(job: DictConfig, overrides: list[str]) -> list[str] | None:
         return []
     # A requeued job comes back with its id: it goes on in its folder, asked to or not.
     requeued = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0") and job.resume is None
-    return [f"hydra.run.dir={sweeps.quote(str(rundir.unused(planned, wanted)))}", *(["resume=auto"] if requeued else [])]
+    return [
+        f"hydra.run.dir={sweeps.quote(str(rundir.unused(planned, wanted)))}",
+        *(["resume=auto"] if requeued else []),
+    ]
 
 
 @hydra.main(config_path="pkg://subspace_lab.conf", config_name="config", version_base="1.3")

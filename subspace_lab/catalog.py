@@ -30,7 +30,18 @@ PLURALS = {
     "searches": "hparams_search",
 }
 # What `list` shows without an argument, in this order.
-MAIN_GROUPS = ("method", "subspace", "optimizer", "scheduler", "model", "data", "protocol", "trainer", "logger", "experiment")
+MAIN_GROUPS = (
+    "method",
+    "subspace",
+    "optimizer",
+    "scheduler",
+    "model",
+    "data",
+    "protocol",
+    "trainer",
+    "logger",
+    "experiment",
+)
 
 _SIZE = re.compile(r"(\D+|(?<=\d)$|^)(\d*)([kmb]?(?![a-z]))")
 _KEY = re.compile(r"^( *)([A-Za-z_]\w*):(.*)$")
@@ -54,7 +65,9 @@ def conf_root() -> Path:
     """
     spec = util.find_spec("subspace_lab.conf")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("the package 'subspace_lab.conf' is not installed", hint="pip install -e . in the checkout, or make run")
+        raise UserError(
+            "the package 'subspace_lab.conf' is not installed", hint="pip install -e . in the checkout, or make run"
+        )
     return Path(spec.submodule_search_locations[0])
 
 
@@ -62,7 +75,9 @@ def groups() -> list[str]:
     """Return the groups that have at least one option; hydra/ is Hydra's own and left out."""
     root = conf_root()
     return sorted(
-        path.name for path in root.iterdir() if path.is_dir() and path.name not in ("hydra", "local") and options(path.name)
+        path.name
+        for path in root.iterdir()
+        if path.is_dir() and path.name not in ("hydra", "local") and options(path.name)
     )
 
 

@@ -85,7 +85,12 @@ def render(error: BaseException, *, debug: bool) -> int:
             return _say("error", "out of memory", OUT_OF_MEMORY, code=2)
         if isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" for {link.filename}" if link.filename else ""
-            return _say("error", f"no space left on the disk{where}", "free some, or choose another with paths.output_root=", code=2)
+            return _say(
+                "error",
+                f"no space left on the disk{where}",
+                "free some, or choose another with paths.output_root=",
+                code=2,
+            )
     text = " ".join(str(error).split()) or "no message"
     place = getattr(error, "log_path", None)
     hint = f"log: {place}; " if place else ""
@@ -147,7 +152,9 @@ def _list(words: list[str]) -> int:
             indent = " " * column
             text = entry.description + (f"  [{entry.paper}]" if entry.paper else "")
             lines = textwrap.wrap(text, max(width - column, 30), break_on_hyphens=False) or [""]
-            print(f"  {entry.name.ljust(column - 2)}{lines[0]}".rstrip(), *(indent + line for line in lines[1:]), sep="\n")
+            print(
+                f"  {entry.name.ljust(column - 2)}{lines[0]}".rstrip(), *(indent + line for line in lines[1:]), sep="\n"
+            )
     return 0
 
 

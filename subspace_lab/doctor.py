@@ -75,9 +75,19 @@ def torch() -> Iterator[Check]:
         built = module.version.cuda
         has_driver = shutil.which("nvidia-smi") is not None
         if built and has_driver:
-            yield Check("cuda", "warn", f"built for CUDA {built} but no GPU is usable", "compare with the driver's version: nvidia-smi")
+            yield Check(
+                "cuda",
+                "warn",
+                f"built for CUDA {built} but no GPU is usable",
+                "compare with the driver's version: nvidia-smi",
+            )
         elif has_driver:
-            yield Check("cuda", "warn", "a driver, but a torch built for the CPU", "pip install --force-reinstall torch torchvision")
+            yield Check(
+                "cuda",
+                "warn",
+                "a driver, but a torch built for the CPU",
+                "pip install --force-reinstall torch torchvision",
+            )
         else:
             yield Check("cuda", "ok", "no GPU on this machine; runs use the CPU")
         return
@@ -128,7 +138,12 @@ def wandb() -> Iterator[Check]:
     elif os.environ.get("WANDB_API_KEY") or _in_netrc(host):
         yield Check("wandb", "ok", f"{_version('wandb')}, a key for {host}")
     else:
-        yield Check("wandb", "warn", f"{_version('wandb')}, not logged in", "wandb login, or WANDB_MODE=offline; logger=csv needs neither")
+        yield Check(
+            "wandb",
+            "warn",
+            f"{_version('wandb')}, not logged in",
+            "wandb login, or WANDB_MODE=offline; logger=csv needs neither",
+        )
 
 
 def data() -> Iterator[Check]:
@@ -136,7 +151,9 @@ def data() -> Iterator[Check]:
     folder = Path(os.environ.get("SUBSPACE_DATA", "data"))
     if folder.is_dir():
         names = sorted(path.name for path in folder.iterdir())
-        yield Check("data", "ok", f"{folder.resolve()}: {', '.join(names[:8]) or 'empty'}{' …' if len(names) > 8 else ''}")
+        yield Check(
+            "data", "ok", f"{folder.resolve()}: {', '.join(names[:8]) or 'empty'}{' …' if len(names) > 8 else ''}"
+        )
     else:
         said = "SUBSPACE_DATA" if "SUBSPACE_DATA" in os.environ else "SUBSPACE_DATA is not set"
         mend = "export SUBSPACE_DATA=/your/datasets; data=stdlib_text needs none"
@@ -146,9 +163,16 @@ def data() -> Iterator[Check]:
     elif _reachable("huggingface.co"):
         yield Check("hub", "ok", "huggingface.co answers")
     else:
-        yield Check("hub", "warn", "huggingface.co does not answer", "data.files=… reads local files; HF_HUB_OFFLINE=1 uses the cache")
+        yield Check(
+            "hub",
+            "warn",
+            "huggingface.co does not answer",
+            "data.files=… reads local files; HF_HUB_OFFLINE=1 uses the cache",
+        )
     home = Path.home()
-    cache = Path(os.environ.get("SUBSPACE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "subspace-lab")
+    cache = Path(
+        os.environ.get("SUBSPACE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "subspace-lab"
+    )
     for name, path, mend in (
         ("disk, outputs", Path.cwd(), "paths.output_root=/a/bigger/disk"),
         ("disk, cache", cache, "export SUBSPACE_CACHE=/a/bigger/disk"),
@@ -158,7 +182,12 @@ def data() -> Iterator[Check]:
         if not os.access(place, os.W_OK):
             yield Check(name, "warn", f"{place} is not writable", mend)
         else:
-            yield Check(name, "ok" if free >= MIN_FREE_GB else "warn", f"{free:.0f} GB free at {place}", "" if free >= MIN_FREE_GB else mend)
+            yield Check(
+                name,
+                "ok" if free >= MIN_FREE_GB else "warn",
+                f"{free:.0f} GB free at {place}",
+                "" if free >= MIN_FREE_GB else mend,
+            )
 
 
 def slurm() -> Iterator[Check]:

@@ -46,7 +46,9 @@ def _syntax_error(error: OverrideParseException) -> UserError:
     if "=" not in text:
         if text in (catalog.PLURALS | dict.fromkeys(catalog.groups())):
             group = catalog.PLURALS.get(text, text)
-            return UserError(f"'{text}': expected key=value", hint=f"write {group}=… ({', '.join(catalog.options(group))})")
+            return UserError(
+                f"'{text}': expected key=value", hint=f"write {group}=… ({', '.join(catalog.options(group))})"
+            )
         near = nearest(text, ("list", "doctor", "resume", "report", "completion"))
         hint = f"did you mean 'subspace-lab {near}'?" if near else "see subspace-lab --help"
         return UserError(f"'{text}' is neither a command nor key=value", hint=hint)
@@ -59,7 +61,9 @@ def _missing_option(error: MissingConfigException, overrides: Sequence[str]) -> 
     group, _, name = missing.rpartition("/")
     options = [option for option in error.options or () if not option.endswith("_schema")]
     if not group:
-        return UserError(f"no configuration file named '{missing}'", hint="--config-name takes a file of the search path")
+        return UserError(
+            f"no configuration file named '{missing}'", hint="--config-name takes a file of the search path"
+        )
     near = nearest(name, options)
     listing = f"{group} is one of: {', '.join(options)}" if options else f"there is no {group} to choose"
     typed = next((text for text in overrides if text.lstrip("+").startswith(f"{group}=")), f"{group}={name}")
@@ -97,7 +101,10 @@ def _unknown(full_key: str, overrides: Sequence[str], compose: Compose) -> UserE
     group, _, rest = full_key.partition(".")
     having = [option for option in catalog.options(group) if rest in catalog.keys(group, option)]
     if having:
-        return UserError(f"unknown key '{full_key}'", hint=f"only {' and '.join(f'{group}={option}' for option in having[:4])} {'have' if len(having) > 1 else 'has'} it")
+        return UserError(
+            f"unknown key '{full_key}'",
+            hint=f"only {' and '.join(f'{group}={option}' for option in having[:4])} {'have' if len(having) > 1 else 'has'} it",
+        )
     return unknown_key(full_key, key, _names(list(map(str, parent))), cfg)
 
 
@@ -114,7 +121,9 @@ def _plain(error: Exception, chain: list[BaseException], overrides: Sequence[str
     if "Ambiguous value for argument" in text or "requires --multirun" in text:
         typed = (re.search(r"'([^']*)'", text) or ["", "the value"])[1]
         key, _, values = typed.partition("=")
-        return UserError(f"'{typed}' has several values", hint=f"add -m to run them all, or write {key}=[{values}] for a list")
+        return UserError(
+            f"'{typed}' has several values", hint=f"add -m to run them all, or write {key}=[{values}] for a list"
+        )
     match = re.search(r"An item is already at '([^']+)'", text)
     if match:
         return UserError(f"+{match[1]}=…: '{match[1]}' already exists", hint=f"leave out the +: {match[1]}=…")
@@ -127,7 +136,11 @@ def _plain(error: Exception, chain: list[BaseException], overrides: Sequence[str
 def _without(full_key: str, overrides: Sequence[str], compose: Compose) -> DictConfig | None:
     """Compose again without the override at fault, falling back to the defaults."""
     head = full_key.split(".", 1)[0]
-    kept = [text for text in overrides if re.split(r"[.=]", text.lstrip("+~"), maxsplit=1)[0] != head or text.startswith(f"{head}=")]
+    kept = [
+        text
+        for text in overrides
+        if re.split(r"[.=]", text.lstrip("+~"), maxsplit=1)[0] != head or text.startswith(f"{head}=")
+    ]
     for attempt in (kept, [text for text in kept if not text.startswith(f"{full_key}=")], []):
         try:
             return compose(list(attempt))
@@ -146,5 +159,3 @@ def _chain(error: BaseException | None) -> Sequence[BaseException]:
         links.append(error)
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return links
-
-

@@ -32,8 +32,8 @@ DEMO = {
 def run(cfg: DictConfig) -> float | None:
     """Run one experiment and return the figure a sweep minimises (None on other ranks and for `estimate=true`).
 
-    Seeds, builds the parts, hands them to the protocol and writes the run folder; then, with `compare`, does the same for the
-    baseline in a folder inside. A run that was cut off goes on where it was, finished parts are not repeated.
+    Seeds, builds the parts, hands them to the protocol and writes the run folder; then, with `compare`, does the same
+    for the baseline in a folder inside. A run that was cut off goes on where it was, finished parts are not repeated.
 
     Args:
         cfg: the composed and validated configuration; `paths.output_dir` is the run folder.
@@ -41,9 +41,9 @@ def run(cfg: DictConfig) -> float | None:
     if cfg.estimate:
         from subspace_lab.protocols.estimate import print_estimate
 
-        name = compare_name(cfg) or "adamw"
+        baseline_name = compare_name(cfg) or "adamw"
         label = label_of({"method": cfg.method.name, "choices": choices()})
-        baseline = [] if label == name else [(name, baseline_config(cfg, name))]
+        baseline = [] if label == baseline_name else [(baseline_name, baseline_config(cfg, baseline_name))]
         print_estimate([(label, cfg), *baseline])
         return None
     run_dir = Path(cfg.paths.output_dir)
@@ -94,13 +94,9 @@ def train(
         return finished
     record.start(schema.to_plain(cfg))
     try:
-        outcome = build.instantiate(cfg.protocol).run(
-            cfg, run_dir, label=label_of(about), resume_dir=resume_dir
-        )
+        outcome = build.instantiate(cfg.protocol).run(cfg, run_dir, label=label_of(about), resume_dir=resume_dir)
     except BaseException as error:
-        record.write(
-            status_of(error), message=str(error).splitlines()[0] if str(error) else type(error).__name__
-        )
+        record.write(status_of(error), message=str(error).splitlines()[0] if str(error) else type(error).__name__)
         raise
     # Not `completed` before the baseline is: a run that is resumed must find it unfinished.
     return record.write("completed" if compare_name(cfg) is None else "interrupted", outcome)
@@ -153,9 +149,7 @@ def compare_name(cfg: DictConfig) -> str | None:
         return str(cfg.compare) if cfg.compare is not None else None
     chosen = choices()
     in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    demo = (
-        bool(chosen) and not in_sweep and all(chosen.get(group) == option for group, option in DEMO.items())
-    )
+    demo = bool(chosen) and not in_sweep and all(chosen.get(group) == option for group, option in DEMO.items())
     return "adamw" if demo else None
 
 

@@ -157,7 +157,9 @@ def config_hash(cfg: DictConfig) -> str:
         if "paths" in counted and counted.paths is not None and "output_dir" in counted.paths:
             counted.paths.output_dir = "<run folder>"
     plain = {
-        str(key): to_plain(read(counted, str(key), ""), str(key)) for key in counted if key not in ("resume", "hydra", "paths")
+        str(key): to_plain(read(counted, str(key), ""), str(key))
+        for key in counted
+        if key not in ("resume", "hydra", "paths")
     }
     text = json.dumps(plain, sort_keys=True, default=str, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -182,7 +184,9 @@ def locate(path: str, key: str) -> Any:
             missing = error.name or ""
             if module_name == missing or module_name.startswith(f"{missing}."):
                 continue
-            raise UserError(f"{key} needs the package '{missing}'", hint=f"pip install {missing.split('.')[0]}") from error
+            raise UserError(
+                f"{key} needs the package '{missing}'", hint=f"pip install {missing.split('.')[0]}"
+            ) from error
         return _attributes(found, parts[end:], f"{key}._target_={path}")
     if parts[0] != "subspace_lab":
         raise UserError(f"{key} needs the package '{parts[0]}'", hint=f"pip install {parts[0]}")
@@ -192,7 +196,11 @@ def locate(path: str, key: str) -> Any:
 def _attributes(found: Any, names: list[str], what: str) -> Any:
     for name in names:
         if not hasattr(found, name):
-            public = [word for word in vars(found) if not word.startswith("_")] if isinstance(found, (ModuleType, type)) else []
+            public = (
+                [word for word in vars(found) if not word.startswith("_")]
+                if isinstance(found, (ModuleType, type))
+                else []
+            )
             raise UserError(f"{what}: no such class or function", hint=did_you_mean(name, public) or None)
         found = getattr(found, name)
     return found
@@ -275,7 +283,9 @@ def _check_root(cfg: DictConfig) -> None:
         raise UserError(f"seed={cfg.seed}: expected 0 or more")
     resume = cfg.get("resume")
     if resume not in (None, "auto") and not Path(resume).exists():
-        raise UserError(f"resume={resume}: no such run folder or checkpoint", hint="null, auto, a run folder or a .ckpt file")
+        raise UserError(
+            f"resume={resume}: no such run folder or checkpoint", hint="null, auto, a run folder or a .ckpt file"
+        )
     compare = cfg.get("compare")
     if compare in (None, "auto"):
         return
@@ -293,7 +303,8 @@ def _check_protocol(cfg: DictConfig) -> None:
     chosen = str(protocol._target_).split(".")[-2]
     if allowed is not None and chosen not in allowed:
         raise UserError(
-            f"this method runs with protocol={' or '.join(allowed)}, not with protocol={chosen}", hint=f"write protocol={allowed[0]}"
+            f"this method runs with protocol={' or '.join(allowed)}, not with protocol={chosen}",
+            hint=f"write protocol={allowed[0]}",
         )
 
 

@@ -52,11 +52,15 @@ def prepare(cfg: DictConfig, overrides: list[str], compose: Callable[[list[str]]
         if not values:
             typed = next(line for line in lines if line.lstrip("+").startswith(f"{key}="))
             names = ", ".join(catalog.options(key))
-            raise UserError(f"{typed} matches nothing: the sweep has no job", hint=f"{key} is one of: {names}" if names else None)
+            raise UserError(
+                f"{typed} matches nothing: the sweep has no job", hint=f"{key} is one of: {names}" if names else None
+            )
     fixed = [line for line, override in zip(lines, parsed, strict=True) if not override.is_sweep_override()]
     elements = {override.key_or_group: override.get_key_element() for override in parsed}
     for key, values in swept.items():
-        others = [f"{elements[name]}={choices[0]}" for name, choices in swept.items() if name != key and name not in intervals]
+        others = [
+            f"{elements[name]}={choices[0]}" for name, choices in swept.items() if name != key and name not in intervals
+        ]
         for value in values[:MAX_CHECKED] if key not in intervals else ():
             compose([*fixed, *others, f"{elements[key]}={value}"])
     if any(text.startswith("hydra.sweep.dir=") for text in overrides):
@@ -80,7 +84,9 @@ def refuse_local_ddp(cfg: DictConfig, hydra_cfg: DictConfig) -> None:
     launcher = str(OmegaConf.select(hydra_cfg, "launcher._target_", default=""))
     strategy = str(OmegaConf.select(cfg, "trainer.strategy", default="auto", throw_on_missing=False))
     devices = OmegaConf.select(cfg, "trainer.devices", default="auto", throw_on_missing=False)
-    starts_ranks = strategy.startswith(("ddp", "fsdp", "deepspeed")) and not strategy.endswith(("_spawn", "_fork", "_notebook"))
+    starts_ranks = strategy.startswith(("ddp", "fsdp", "deepspeed")) and not strategy.endswith(
+        ("_spawn", "_fork", "_notebook")
+    )
     if not starts_ranks or devices in (1, "1") or not any(name in launcher for name in LOCAL_LAUNCHERS):
         return
     raise UserError(

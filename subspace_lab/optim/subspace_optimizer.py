@@ -82,7 +82,9 @@ class SubspaceOptimizer(Optimizer):
         self.meter = Meter()
         self.units: list[Unit] = []
         probe = inner([{"params": [nn.Parameter(torch.zeros(1, 1))], "kind": "matrix"}])
-        super().__init__(params, {**probe.defaults, "scale": scale, "subspace": None, "flat": False, "kind": "other"})
+        # Some libraries keep the learning rate as a tensor; here it is a number, and theirs is filled from it.
+        defaults = {k: float(v) if isinstance(v, Tensor) else v for k, v in probe.defaults.items()}
+        super().__init__(params, {**defaults, "scale": scale, "subspace": None, "flat": False, "kind": "other"})
         self._check_groups()
         self._build({})
         if per_layer:

@@ -91,7 +91,11 @@ class Unit:
     def _sync_options(self) -> None:
         """Schedulers and users change the outer groups; the inner ones follow."""
         for (g, stack), group in zip(self.owners, self.inner.param_groups, strict=True):
-            group.update(self._options(g, stack))
+            for key, value in self._options(g, stack).items():
+                if isinstance(group.get(key), Tensor):
+                    group[key].fill_(value)
+                else:
+                    group[key] = value
             if self.rules.eps_before_correction and "betas" in group:
                 t = 1 + (self.t if stack is None else stack.t)
                 group["eps"] = group["eps"] / (1 - group["betas"][1] ** t) ** 0.5

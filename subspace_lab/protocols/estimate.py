@@ -1,7 +1,8 @@
 """`estimate=true`: how much memory a run would need, without data, weights or a GPU.
 
-The model is built from shapes only (torch's fake tensors). The optimizer's state is what one real step of it leaves behind;
-activations are the tensors that a forward pass saves for the backward pass, each storage counted once and weights left out.
+The model is built from shapes only (torch's fake tensors). The optimizer's state is what one real step of it leaves
+behind; activations are the tensors that a forward pass saves for the backward pass, each storage counted once and
+weights left out.
 """
 
 from __future__ import annotations
@@ -76,9 +77,7 @@ def print_estimate(runs: Sequence[tuple[str, DictConfig]]) -> None:
             *(write_bytes(getattr(memory, row)) for _, memory in columns),
         )
     console = Console()
-    console.print(
-        f"memory per device: {first.parameters / 1e6:,.1f} M parameters, {cfg.trainer.precision}, ", end=""
-    )
+    console.print(f"memory per device: {first.parameters / 1e6:,.1f} M parameters, {cfg.trainer.precision}, ", end="")
     console.print(f"micro-batches of {cfg.data.batch_size} × {cfg.data.block_size} tokens")
     console.print(table)
     for line in dict.fromkeys(notes):
@@ -98,7 +97,7 @@ def estimate(cfg: DictConfig, notes: list[str]) -> Memory:
         with _default_dtype(torch.float32 if plan.precision == "32-true" else half):
             model = build.build_model(cfg, size)  # type: ignore[arg-type]
             method.prepare(model)
-            activations = _saved_bytes(model, data.batch_size, data.block_size)  # type: ignore[attr-defined]
+            activations = _saved_bytes(model, data.batch_size, data.block_size)
         if plan.precision.endswith("mixed"):
             # Mixed precision computes in 16 bits but keeps weights, gradients and state in 32.
             model = build.build_model(cfg, size)  # type: ignore[arg-type]
@@ -167,7 +166,7 @@ def _saved_bytes(model: nn.Module, batch_size: int, block_size: int) -> int:
     tokens = torch.zeros(batch_size, block_size, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(input_ids=tokens, labels=tokens).loss
-    total = sum(storage.nbytes() for storage in kept.values())
+    total = sum(int(storage.nbytes()) for storage in kept.values())
     del loss
     return total
 

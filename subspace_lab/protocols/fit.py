@@ -15,11 +15,12 @@ from subspace_lab.protocols.outcome import Outcome
 from subspace_lab.training import environment
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningDataModule, Trainer
+    from lightning.pytorch import Trainer
     from omegaconf import DictConfig
     from torch import nn
     from torch.optim import Optimizer
 
+    from subspace_lab.data.module import TextDataModule
     from subspace_lab.methods.base import Method
     from subspace_lab.training.callbacks.checkpointing import Checkpointing
     from subspace_lab.training.callbacks.method import MethodDriver
@@ -77,7 +78,7 @@ class Fit:
         cfg: DictConfig,
         plan: TrainerPlan,
         method: Method,
-        data: LightningDataModule,
+        data: TextDataModule,
         accumulation: int,
         run_dir: Path,
         label: str,
@@ -101,16 +102,14 @@ class Fit:
             method,
             lambda method, model: build.build_optimizer(cfg, method, model),
             lambda optimizer: build.build_scheduler(cfg, optimizer, plan.max_steps),
-            bytes_per_token=data.bytes_per_token,  # type: ignore[attr-defined]
+            bytes_per_token=data.bytes_per_token,
             compile_model=plan.compile,
         )
         timing = Timing()
         driver = MethodDriver(plan.log_every, timing)
         checkpointing = Checkpointing(run_dir, plan.checkpoint_every, timing)
         callbacks: list[Any] = [RunState(), timing, driver]
-        callbacks += [
-            build.instantiate(node) for node in (cfg.get("callbacks") or {}).values() if node is not None
-        ]
+        callbacks += [build.instantiate(node) for node in (cfg.get("callbacks") or {}).values() if node is not None]
         if plan.progress != "off":
             callbacks.append(ProgressDisplay(driver, label, bar=plan.wants_bar()))
         # The last two: everything else has seen the step before it is saved, and it is saved before the run may stop.
@@ -119,9 +118,7 @@ class Fit:
         loggers = build.instantiate(cfg.logger).create(
             run_dir, name=str(cfg.name), method=method.name, tags=list(cfg.tags), config=plain
         )
-        trainer = plan.create(
-            accumulation=accumulation, callbacks=callbacks, loggers=loggers, run_dir=run_dir
-        )
+        trainer = plan.create(accumulation=accumulation, callbacks=callbacks, loggers=loggers, run_dir=run_dir)
         return module, trainer, driver, checkpointing
 
     def _outcome(
@@ -198,9 +195,9 @@ def export(model: nn.Module, method: Method, folder: Path) -> None:
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in method.export(model).items()}
     save = getattr(model, "save_pretrained", None)
     if save is not None:
-        from transformers.utils import logging as hub_logging
+        from transformers.utils.logging import disable_progress_bar
 
-        hub_logging.disable_progress_bar()  # one shard, milliseconds
+        disable_progress_bar()  # type: ignore[no-untyped-call]
         save(folder, state_dict=weights)
         return
     from safetensors.torch import save_file
@@ -215,9 +212,6 @@ def state_bytes(optimizer: Optimizer) -> int:
     if own is not None:
         return int(own())
     tensors = [
-        value
-        for state in optimizer.state.values()
-        for value in state.values()
-        if hasattr(value, "element_size")
+        value for state in optimizer.state.values() for value in state.values() if hasattr(value, "element_size")
     ]
     return sum(t.numel() * t.element_size() for t in tensors)

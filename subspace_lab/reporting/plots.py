@@ -35,9 +35,7 @@ def draw_loss(runs: Sequence[tuple[str, Path]], target: Path, title: str) -> Pat
     Returns:
         The file, or None if no run has anything to draw.
     """
-    curves = [
-        (label, read_curve(run, "train/loss"), read_curve(run, "val/perplexity")) for label, run in runs
-    ]
+    curves = [(label, read_curve(run, "train/loss"), read_curve(run, "val/perplexity")) for label, run in runs]
     curves = [curve for curve in curves if curve[1][0] or curve[2][0]]
     if not curves:
         return None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from subspace_lab.errors import Interrupted
 from subspace_lab.reporting import results
+from subspace_lab.rundir import RESULTS_FILE
 
 if TYPE_CHECKING:
     from subspace_lab.protocols.outcome import Outcome
@@ -35,7 +36,7 @@ class RunRecord:
 
     def finished(self) -> results.Results | None:
         """Return the results of an earlier life of this very run whose training had finished, else None."""
-        file = self.run_dir / results.RESULTS_FILE
+        file = self.run_dir / RESULTS_FILE
         if not file.is_file():
             return None
         earlier = results.read(file)
@@ -76,7 +77,7 @@ def status_of(error: BaseException) -> str:
 
 
 def baseline_overrides(overrides: Sequence[str], name: str, optimizers: Sequence[str]) -> list[str]:
-    """Return the overrides of the run that a run is compared with: the same task, budget and seed, another way to train.
+    """Return the overrides of a run's baseline: the same task, budget and seed, another way to train.
 
     Args:
         overrides: the run's own.

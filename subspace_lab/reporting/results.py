@@ -30,10 +30,10 @@ def start(
         environment: see `reporting.environment.capture`.
         command: the exact command line.
     """
-    import yaml
+    from omegaconf import OmegaConf
 
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_text(run_dir / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+    write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))))
     write_text(run_dir / HASH_FILE, config_hash + "\n")
     write_text(run_dir / "environment.json", json.dumps(environment, indent=2) + "\n")
     commands = run_dir / "command.txt"

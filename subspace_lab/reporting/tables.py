@@ -71,9 +71,10 @@ def comparison(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
 
 
 def summary(runs: Sequence[tuple[Path, Results]]) -> Table:
-    """Return a table of runs grouped by what differs between them but the seed: mean ± sample sd over seeds, best first.
+    """Return a table of runs grouped by everything but the seed: mean ± sample sd over seeds, best first.
 
-    The best (lowest validation perplexity, or highest accuracy) is marked among runs of the same model, data and length.
+    The best (lowest validation perplexity, or highest accuracy) is marked among runs of the same model, data and
+    length.
     """
     from rich import box
     from rich.table import Table
@@ -94,9 +95,7 @@ def summary(runs: Sequence[tuple[Path, Results]]) -> Table:
         if score is not None and (task not in best or score < best[task][0]):
             best[task] = (score, key)
     winners = {key for _, key in best.values()}
-    ordered = sorted(
-        groups, key=lambda k: (k[2:5], score if (score := _score(groups[k])) is not None else math.inf)
-    )
+    ordered = sorted(groups, key=lambda k: (k[2:5], score if (score := _score(groups[k])) is not None else math.inf))
     for key in ordered:
         members = groups[key]
         cells = [_mean_sd([m["metrics"].get(metric) for m in members], kind) for metric, _, kind in shown]
@@ -107,7 +106,7 @@ def summary(runs: Sequence[tuple[Path, Results]]) -> Table:
 
 
 def group_key(results: Results) -> tuple[str, ...]:
-    """Return (method, optimizer, model, data, steps, status): runs that share it differ by seed or by smaller settings."""
+    """Return (method, optimizer, model, data, steps, status): runs that share it are averaged."""
     choices = results.get("choices", {})
     return (
         str(results.get("method", "?")),

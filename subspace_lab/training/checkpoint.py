@@ -1,8 +1,8 @@
 """Checkpoints that survive: written atomically, verified when read, the newest good one found again.
 
-A file is written beside its final name, flushed to the disk, and renamed only when it is complete; its SHA-256 lies beside
-it. So a kill or a full disk leaves the earlier checkpoints as they were. Everything inside is a plain container or a
-tensor: it loads with `weights_only=True`.
+A file is written beside its final name, flushed to the disk, and renamed only when it is complete; its SHA-256 lies
+beside it. So a kill or a full disk leaves the earlier checkpoints as they were. Everything inside is a plain
+container or a tensor: it loads with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     folder = run_dir / FOLDER
     if not folder.is_dir():
         return []
-    return sorted(
-        (p for p in folder.iterdir() if _NAME.fullmatch(p.name)), key=lambda p: p.name, reverse=True
-    )
+    return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), key=lambda p: p.name, reverse=True)
 
 
 def step_of(path: Path) -> int:
@@ -57,9 +55,7 @@ def damage(path: Path) -> str | None:
         if sidecar.is_file():
             digest = _file_sha256(path)
             return (
-                None
-                if digest == sidecar.read_text().split()[0]
-                else "its SHA-256 differs from the one written with it"
+                None if digest == sidecar.read_text().split()[0] else "its SHA-256 differs from the one written with it"
             )
         torch.load(path, map_location="meta", weights_only=True)
     except (OSError, RuntimeError, EOFError, IndexError) as error:
@@ -101,9 +97,7 @@ class AtomicCheckpointIO(CheckpointIO):
         self.keep = keep
         self.problem: str | None = None
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write `checkpoint` to `path`, then remove the oldest ones."""
         target = Path(path)
         self.problem = None
@@ -122,9 +116,7 @@ class AtomicCheckpointIO(CheckpointIO):
         """Read a checkpoint, refusing a damaged one in one line."""
         problem = damage(Path(path))
         if problem is not None:
-            raise UserError(
-                f"checkpoint {path} is damaged: {problem}", hint="give an earlier one with resume=PATH"
-            )
+            raise UserError(f"checkpoint {path} is damaged: {problem}", hint="give an earlier one with resume=PATH")
         return load(Path(path))
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -134,7 +126,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 class _HashingFile(io.RawIOBase):
-    """A write-only file that hashes what passes through (torch.save writes front to back) and remembers its own failure."""
+    """A write-only file that hashes what passes through (torch.save writes front to back) and keeps its own failure."""
 
     def __init__(self, raw: io.BufferedWriter) -> None:
         self.raw, self.sha256 = raw, hashlib.sha256()
@@ -202,7 +194,6 @@ def _file_sha256(path: Path) -> str:
 
 def _explain(error: OSError, target: Path) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left on the disk of {target.parent}: {target.name} was not written, earlier checkpoints are untouched"
-    return (
-        f"checkpoint {target} was not written: {error.strerror or error}; earlier checkpoints are untouched"
-    )
+        where = f"{target.name} was not written to {target.parent}"
+        return f"no space left on the disk: {where}; earlier checkpoints are untouched"
+    return f"checkpoint {target} was not written: {error.strerror or error}; earlier checkpoints are untouched"

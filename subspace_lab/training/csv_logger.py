@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 from subspace_lab.training.checkpoint import write_atomically
 
@@ -17,9 +17,9 @@ from subspace_lab.training.checkpoint import write_atomically
 class RunCSVLogger(Logger):
     """Writes rows `step, name, …` to one CSV file.
 
-    Values logged for the same step share a row, which is written when the next step's values arrive or on `save`. A name seen
-    for the first time adds a column, and a value for a row already written is put into it: the file is then rewritten
-    once. Values keep all their digits (repr).
+    Values logged for the same step share a row, which is written when the next step's values arrive or on `save`. A
+    name seen for the first time adds a column, and a value for a row already written is put into it: the file is then
+    rewritten once. Values keep all their digits (repr).
 
     Args:
         path: the file; rows already there stay (a resumed run) and columns are taken over.

@@ -1,7 +1,7 @@
 """The process's place in a distributed run, and a quiet Lightning.
 
-Rank and world size are needed before Lightning exists (to divide data between processes, to decide who writes files), so
-they are read from the variables that launchers set: torchrun and Lightning's launcher (RANK, LOCAL_RANK), SLURM
+Rank and world size are needed before Lightning exists (to divide data between processes, to decide who writes files),
+so they are read from the variables that launchers set: torchrun and Lightning's launcher (RANK, LOCAL_RANK), SLURM
 (SLURM_PROCID). Lightning's launcher sets LOCAL_RANK in the children only once the first process has reached `fit`.
 """
 
@@ -32,6 +32,7 @@ _KNOWN_WARNINGS = (
     r"`training_step` returned `None`",
     r"\[rank: ?\d+\] Seed set to",
     r"The epoch parameter in `scheduler.step\(\)`",
+    r"It is recommended to use `self.log\('val/",  # the figures are reduced already
     r"barrier\(\): using the device under current context",
 )
 
@@ -69,15 +70,16 @@ def is_main_process() -> bool:
 def quiet_lightning() -> None:
     """Keep Lightning's start-up notes and known, harmless warnings off the console; errors and new warnings stay.
 
-    Safe to call more than once. `lightning/__init__` also installs a console handler of its own, which would print every
-    message a second time beside ours: it is removed.
+    Safe to call more than once. `lightning/__init__` also installs a console handler of its own, which would print
+    every message a second time beside ours: it is removed.
     """
     root = logging.getLogger("lightning")
     for handler in list(root.handlers):
         root.removeHandler(handler)
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Lightning's warnings about its own utilities go through a logger per module: quiet only INFO (devices, tips, "`fit` stopped").
+    # Lightning's warnings about its own utilities go through a logger per module: quiet only INFO (devices, tips,
+    # "`fit` stopped").
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("torch.utils._pytree").addFilter(_not_about_enums)
@@ -93,9 +95,9 @@ def _not_about_enums(record: logging.LogRecord) -> bool:
 def slurm_plugin() -> Any | None:
     """Return Lightning's SLURM environment without its requeueing handler, or None outside a SLURM batch job.
 
-    That handler saves from inside a signal handler and can hang with several ranks (Lightning issue 21406); our own flag
-    is looked at between steps instead.
+    That handler saves from inside a signal handler and can hang with several ranks (Lightning issue 21406); our own
+    flag is looked at between steps instead.
     """
-    from lightning.pytorch.plugins.environments import SLURMEnvironment
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
     return SLURMEnvironment(auto_requeue=False) if SLURMEnvironment.detect() else None

@@ -1,8 +1,8 @@
 """The one LightningModule: a model, a task, a method and how to make the optimizer.
 
-No configuration is stored here: factories come in as callables, so that a checkpoint holds plain tensors only. Lightning has
-no hook after the optimizer's step, so the method's `after_step` hangs on `optimizer.register_step_post_hook`, which also
-fires once per step (not per micro-batch) under gradient accumulation.
+No configuration is stored here: factories come in as callables, so that a checkpoint holds plain tensors only.
+Lightning has no hook after the optimizer's step, so the method's `after_step` hangs on
+`optimizer.register_step_post_hook`, which also fires once per step (not per micro-batch) under gradient accumulation.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class ExperimentModule(LightningModule):
         self._sums.add(loss, count)
 
     def on_validation_epoch_end(self) -> None:
-        """Reduce the sums over the processes and publish the figures (`trainer.callback_metrics`, the metric callbacks)."""
+        """Reduce the sums over the processes and publish the figures (also as `trainer.callback_metrics`)."""
         local = self._sums.local()
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(local)

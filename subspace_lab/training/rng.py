@@ -1,6 +1,7 @@
-"""The state of every random generator as plain containers, so that a resumed run draws what the uninterrupted one would.
+"""The state of every random generator as plain containers: a resumed run draws what the uninterrupted one would.
 
-Checkpoints are loaded with `weights_only=True`: tuples of Python's generator become lists, numpy's key becomes a tensor.
+Checkpoints are loaded with `weights_only=True`: tuples of Python's generator become lists, numpy's key becomes a
+tensor.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def get_state() -> dict[str, Any]:
             float(cached),
         ],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
 
 

@@ -35,8 +35,8 @@ class ValidationSums:
     """Running sums of one validation pass, in float64 on the device and without a host sync per batch.
 
     The tensor `values` (float64, 4) holds: the summed loss over targets, the number of targets, the sum of the batches'
-    mean losses divided by (number of batches + 1), and the number of processes; the last two are what the GaLore script's
-    figure needs once they have been added over the processes.
+    mean losses divided by (number of batches + 1), and the number of processes; the last two are what the GaLore
+    script's figure needs once they have been added over the processes.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:

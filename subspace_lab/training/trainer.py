@@ -1,6 +1,7 @@
 """From the `trainer` config group to a Lightning Trainer, with the checks that save a user a queue slot.
 
-Only the standard library is imported here: the configuration is checked against `TrainerPlan`'s signature before torch exists.
+Only the standard library is imported here: the configuration is checked against `TrainerPlan`'s signature before torch
+exists.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class TrainerPlan:
 
     Args:
         accelerator: auto takes a CUDA GPU if there is one.
-        devices: processes (GPUs, or CPU processes with strategy=ddp) per machine; auto is every GPU, or one CPU process.
+        devices: processes (GPUs, or CPU processes with strategy=ddp) per machine; auto is every GPU, or one process.
         num_nodes: machines.
         strategy: auto is one process, or ddp for several; fsdp only without a subspace method.
         precision: 32-true, bf16-true (weights, gradients and moments in bf16: GaLore's setting), bf16-mixed, 16-mixed.
@@ -99,27 +100,17 @@ class TrainerPlan:
                 "trainer.accelerator=gpu, but torch sees no CUDA GPU here",
                 hint="use trainer=cpu, or run `subspace-lab doctor` to see why",
             )
-        if self.devices == "auto":
-            self.devices = max(gpus, 1) if self.accelerator == "gpu" else 1
-        if self.accelerator == "gpu" and self.devices > gpus:
-            raise UserError(
-                f"trainer.devices={self.devices}, but this machine has {gpus} GPU{'s' if gpus > 1 else ''}"
-            )
+        devices = self.devices if self.devices != "auto" else max(gpus, 1) if self.accelerator == "gpu" else 1
+        self.devices = devices
+        if self.accelerator == "gpu" and devices > gpus:
+            raise UserError(f"trainer.devices={self.devices}, but this machine has {gpus} GPU{'s' if gpus > 1 else ''}")
         if self.strategy == "auto" and self.world_size > 1:
             self.strategy = "ddp"
         if self.strategy == "fsdp" and self.accelerator == "cpu":
-            raise UserError(
-                "trainer=fsdp needs GPUs", hint="use trainer=ddp trainer.accelerator=cpu on a CPU machine"
-            )
+            raise UserError("trainer=fsdp needs GPUs", hint="use trainer=ddp trainer.accelerator=cpu on a CPU machine")
         if self.accelerator == "cpu" and self.precision == "16-mixed":
-            raise UserError(
-                "trainer.precision=16-mixed needs a GPU", hint="use bf16-mixed or 32-true on a CPU"
-            )
-        if (
-            self.accelerator == "gpu"
-            and self.precision.startswith("bf16")
-            and not torch.cuda.is_bf16_supported()
-        ):
+            raise UserError("trainer.precision=16-mixed needs a GPU", hint="use bf16-mixed or 32-true on a CPU")
+        if self.accelerator == "gpu" and self.precision.startswith("bf16") and not torch.cuda.is_bf16_supported():
             name = torch.cuda.get_device_name()
             raise UserError(
                 f"trainer.precision={self.precision}, but {name} has no bf16",
@@ -153,9 +144,7 @@ class TrainerPlan:
             return 1
         rows = batch_size * self.world_size
         if global_batch_size % rows:
-            fits = [
-                size for size in range(1, batch_size + 1) if global_batch_size % (size * self.world_size) == 0
-            ]
+            fits = [size for size in range(1, batch_size + 1) if global_batch_size % (size * self.world_size) == 0]
             hint = f"data.batch_size={fits[-1]} fits" if fits else f"make it a multiple of {self.world_size}"
             raise UserError(
                 f"data.global_batch_size={global_batch_size} is not a multiple of data.batch_size={batch_size} × "
@@ -178,9 +167,7 @@ class TrainerPlan:
         if method.passes_per_step > 1:
             what = f"method={method.name} makes {method.passes_per_step} passes per step"
             if accumulation > 1:
-                raise UserError(
-                    f"{what} and cannot accumulate gradients", hint="set data.global_batch_size=null"
-                )
+                raise UserError(f"{what} and cannot accumulate gradients", hint="set data.global_batch_size=null")
             if self.precision == "16-mixed":
                 raise UserError(
                     f"{what}, which 16-mixed precision does not allow",
@@ -189,9 +176,7 @@ class TrainerPlan:
         if getattr(method, "per_layer", False):
             what = "method.per_layer updates each weight during the backward pass and cannot be combined with"
             if accumulation > 1:
-                raise UserError(
-                    f"{what} {accumulation} micro-batches per step", hint="set data.global_batch_size=null"
-                )
+                raise UserError(f"{what} {accumulation} micro-batches per step", hint="set data.global_batch_size=null")
             if self.gradient_clip_val:
                 raise UserError(
                     f"{what} gradient clipping by the global norm", hint="set trainer.gradient_clip_val=null"
@@ -199,9 +184,7 @@ class TrainerPlan:
             if self.precision == "16-mixed":
                 raise UserError(f"{what} 16-mixed precision", hint="use trainer.precision=bf16-true")
             if self.world_size > 1:
-                raise UserError(
-                    f"{what} several processes", hint="use trainer.devices=1 or method.per_layer=false"
-                )
+                raise UserError(f"{what} several processes", hint="use trainer.devices=1 or method.per_layer=false")
 
     def create(
         self, *, accumulation: int, callbacks: Sequence[Callback], loggers: Sequence[Logger], run_dir: Path
@@ -256,11 +239,8 @@ class TrainerPlan:
         if self.strategy == "ddp":
             from lightning.pytorch.strategies import DDPStrategy
 
-            # Without buffer broadcasts a forward pass is free of collectives, so processes may validate unequal numbers of batches.
             backend = "nccl" if self.accelerator == "gpu" else "gloo"
-            return DDPStrategy(
-                process_group_backend=backend, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            return DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True)
         if self.strategy == "fsdp":
             from lightning.pytorch.strategies import FSDPStrategy
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ _ID_FILE = "wandb_id"
 class WandbRunLogger(Logger):
     """Logs rows to W&B by optimizer step.
 
-    The run's id is kept in the run folder, so that a resumed run goes on in the same W&B run. Without WANDB_MODE and without
-    an API key it works offline and says so. After a first failure it says so in one line and logs no more.
+    The run's id is kept in the run folder, so that a resumed run goes on in the same W&B run. Without WANDB_MODE and
+    without an API key it works offline and says so. After a first failure it says so in one line and logs no more.
 
     Args:
         run_dir: the run folder.
@@ -33,8 +34,8 @@ class WandbRunLogger(Logger):
         import wandb
 
         id_file = run_dir / _ID_FILE
-        run_id = id_file.read_text().strip() if id_file.is_file() else wandb.util.generate_id()
-        mode = os.environ.get("WANDB_MODE")
+        run_id = id_file.read_text().strip() if id_file.is_file() else uuid.uuid4().hex[:8]
+        mode: Any = os.environ.get("WANDB_MODE")
         if mode is None and not _has_key():
             mode = "offline"
             print(

@@ -62,9 +62,7 @@ class TinyRun:
     def rows(self, folder: str) -> list[dict[str, str]]:
         """The rows of metrics.csv without the columns that depend on the clock."""
         with (self.root / folder / "metrics.csv").open(newline="") as file:
-            return [
-                {k: v for k, v in row.items() if "per_second" not in k and v} for row in csv.DictReader(file)
-            ]
+            return [{k: v for k, v in row.items() if "per_second" not in k and v} for row in csv.DictReader(file)]
 
     def weights(self, folder: str) -> dict[str, Any]:
         from subspace_lab.training import checkpoint
@@ -77,8 +75,7 @@ class TinyRun:
 def tiny(tmp_path: Path) -> TinyRun:
     text = tmp_path / "corpus.jsonl"
     lines = [
-        f'{{"text": "document {i}: {"abcdefgh"[i % 8] * (i % 13)} the quick brown fox {i * i}"}}'
-        for i in range(300)
+        f'{{"text": "document {i}: {"abcdefgh"[i % 8] * (i % 13)} the quick brown fox {i * i}"}}' for i in range(300)
     ]
     text.write_text("\n".join(lines) + "\n")
     return TinyRun(tmp_path, text)

@@ -16,9 +16,7 @@ from subspace_lab.training.checkpoint import AtomicCheckpointIO
 
 def save(run_dir: Path, step: int, keep: int = 2) -> AtomicCheckpointIO:
     io = AtomicCheckpointIO(keep)
-    io.save_checkpoint(
-        {"global_step": step, "w": torch.full((1000,), float(step))}, checkpoint.path_for(run_dir, step)
-    )
+    io.save_checkpoint({"global_step": step, "w": torch.full((1000,), float(step))}, checkpoint.path_for(run_dir, step))
     return io
 
 

@@ -42,9 +42,7 @@ def test_accumulation_comes_from_the_global_batch() -> None:
     assert plan.accumulation(4, None) == 1
     assert plan.accumulation(4, 32) == 4
     assert TrainerPlan(accumulate_grad_batches=3).accumulation(4, 32) == 3
-    refuses(
-        r"global_batch_size=36 is not a multiple.*data.batch_size=3 fits", lambda: plan.accumulation(4, 36)
-    )
+    refuses(r"global_batch_size=36 is not a multiple.*data.batch_size=3 fits", lambda: plan.accumulation(4, 36))
     refuses("multiple of 2", lambda: plan.accumulation(4, 7))
 
 

@@ -75,8 +75,7 @@ def test_validation_interval_does_not_change_training(tiny: Any) -> None:
     tiny.fit("often", "trainer.val_every=1")
     tiny.fit("never", "trainer.val_every=50")
     assert all(
-        torch.equal(a, b)
-        for a, b in zip(tiny.weights("often").values(), tiny.weights("never").values(), strict=True)
+        torch.equal(a, b) for a, b in zip(tiny.weights("often").values(), tiny.weights("never").values(), strict=True)
     )
 
 
@@ -90,9 +89,7 @@ def test_another_number_of_micro_batches_keeps_the_steps(tiny: Any) -> None:
     assert tiny.rows("run")[-1]["train/tokens"] == str(10.0 * 4 * 16)
 
 
-def test_damaged_checkpoint_is_named_and_the_one_before_used(
-    tiny: Any, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_checkpoint_is_named_and_the_one_before_used(tiny: Any, capfd: pytest.CaptureFixture[str]) -> None:
     from subspace_lab.training import checkpoint
 
     tiny.fit("whole")
@@ -127,9 +124,7 @@ def test_kill_9_in_a_real_process(tiny: Any) -> None:
     command = ["trainer.max_steps=400", "trainer.checkpoint_every=5", "trainer.val_every=7"]
     tiny.fit("whole", *command)
     words = [*tiny.words(), *command, f"hydra.run.dir={tiny.root}/cut"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "subspace_lab", *words], cwd=tiny.root, env=environment()
-    )
+    process = subprocess.Popen([sys.executable, "-m", "subspace_lab", *words], cwd=tiny.root, env=environment())
     wait_for(lambda: len(checkpoint.list_checkpoints(tiny.root / "cut")) >= 2, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -164,7 +159,5 @@ def test_checkpoints_hold_plain_containers(tiny: Any) -> None:
     assert contents["global_step"] == 10
     assert len(checkpoint.list_checkpoints(tiny.root / "run")) == 2
     assert {p.name for p in path.parent.iterdir()} == {
-        name
-        for p in checkpoint.list_checkpoints(Path(path.parent.parent))
-        for name in (p.name, f"{p.name}.sha256")
+        name for p in checkpoint.list_checkpoints(Path(path.parent.parent)) for name in (p.name, f"{p.name}.sha256")
     }

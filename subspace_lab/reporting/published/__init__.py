@@ -17,19 +17,17 @@ def lookup(entry: str) -> dict[str, Any]:
     Raises:
         UserError: there is no such entry; the message names the nearest.
     """
-    import yaml
+    from omegaconf import OmegaConf
 
     file, _, path = entry.partition("/")
-    folder = resources.files(__name__)
-    names = sorted(
-        item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")
-    )
+    folder = resources.files(__package__)
+    names = sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
     if file not in names:
         raise UserError(
             f"published={entry}: no such table",
             hint=did_you_mean(file, names) or f"there are: {', '.join(names)}",
         )
-    table = yaml.safe_load((folder / f"{file}.yaml").read_text(encoding="utf-8"))
+    table: Any = OmegaConf.to_container(OmegaConf.create((folder / f"{file}.yaml").read_text(encoding="utf-8")))
     node = table["entries"]
     for key in path.split("/"):
         if not isinstance(node, dict) or key not in node:

@@ -1,9 +1,10 @@
 """When checkpoints are written, and the exact place in the loop to which a resumed run returns.
 
-A checkpoint always describes the state after a whole number of optimizer steps. If a validation is due after that step, the
-file is written once the validation is done; only an interrupt writes it before, and says so inside (`validation_due`), so that
-the resumed run begins with that validation. Lightning's own loop counters depend on the hook they were saved in; they are
-rebuilt from the step count when a checkpoint is read, also for another number of micro-batches per step.
+A checkpoint always describes the state after a whole number of optimizer steps. If a validation is due after that
+step, the file is written once the validation is done; only an interrupt writes it before, and says so inside
+(`validation_due`), so that the resumed run begins with that validation. Lightning's own loop counters depend on the
+hook they were saved in; they are rebuilt from the step count when a checkpoint is read, also for another number of
+micro-batches per step.
 """
 
 from __future__ import annotations
@@ -112,9 +113,7 @@ class Checkpointing(Callback):
         self.validation_due = bool(state_dict["validation_due"])
         self.validated_at = int(state_dict["validated_at"])
 
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the loop between two batches and drop logged rows of steps that will be run again."""
         step = int(checkpoint["global_step"])
         self._saved_at = step

@@ -1,7 +1,8 @@
 """Ctrl-C, SIGTERM and preemption signals: save at the next step boundary, on all ranks, and say how to continue.
 
-The handlers (subspace_lab.interrupt) only set a flag. Here it is looked at after each optimizer step and each validation
-batch, and the ranks agree on it first: one rank inside a barrier while another is in its backward pass would hang.
+The handlers (subspace_lab.interrupt) only set a flag. Here it is looked at after each optimizer step and each
+validation batch, and the ranks agree on it first: one rank inside a barrier while another is in its backward pass
+would hang.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class InterruptWatch(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Stop within a validation, which the resumed run starts over; only one process may (ranks may see unequal batches)."""
+        """Stop within a validation, which the resumed run starts over; several processes wait for its end."""
         if trainer.world_size == 1 and trainer.state.fn == "fit":
             self._stop_if_asked(trainer)
 

@@ -1,4 +1,4 @@
-"""The one callback that drives a method and writes the training rows: loss, learning rate, throughput, subspace figures."""
+"""The one callback that drives a method and writes the training rows: loss, learning rate, throughput, `subspace/…`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from subspace_lab.training.module import ExperimentModule
 
 
 class MethodDriver(Callback):
-    """Measures the method on the steps that are logged and writes their rows; every other step runs without a host sync.
+    """Measures the method on logged steps and writes their rows; every other step runs without a host sync.
 
-    A row belongs to the number of finished optimizer steps. `train/loss` is the mean over the step's micro-batches and over
-    the ranks of the mean loss per target.
+    A row belongs to the number of finished optimizer steps. `train/loss` is the mean over the step's micro-batches
+    and over the ranks of the mean loss per target.
 
     Args:
         log_every: optimizer steps between rows.
@@ -41,9 +41,7 @@ class MethodDriver(Callback):
         self._optimizer = trainer.optimizers[0]
         self._refresh_start = self._counters()
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Ask the optimizer to measure the coming step if it will be logged."""
         if hasattr(self._optimizer, "measure"):
             self._optimizer.measure = (trainer.global_step + 1) % self.log_every == 0
@@ -109,9 +107,7 @@ class MethodDriver(Callback):
         ]
 
     def _refreshes(self) -> list[float]:
-        return [
-            a + b - c for a, b, c in zip(self._refresh, self._counters(), self._refresh_start, strict=True)
-        ]
+        return [a + b - c for a, b, c in zip(self._refresh, self._counters(), self._refresh_start, strict=True)]
 
 
 def write_row(trainer: Trainer, values: dict[str, float]) -> None:

@@ -13,17 +13,15 @@ from subspace_lab.training import rng
 class RunState(Callback):
     """Counts consumed batches for the data module and carries the random generators through checkpoints.
 
-    The generators are restored at the start of the first batch after a resume: whatever was drawn while the run was being
-    rebuilt (a data loader's seed, say) is undone by then. Validation draws too (each new iterator takes a seed), so the state
-    is put back after it: how often a run validates does not change how it trains.
+    The generators are restored at the start of the first batch after a resume: whatever was drawn while the run was
+    being rebuilt (a data loader's seed, say) is undone by then. Validation draws too (each new iterator takes a
+    seed), so the state is put back after it: how often a run validates does not change how it trains.
     """
 
     def __init__(self) -> None:
         self._to_restore: dict[str, Any] | None = None
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Put the generators back where the checkpoint, or the batch before the validation, had left them."""
         if self._to_restore is not None:
             rng.set_state(self._to_restore)
@@ -34,7 +32,8 @@ class RunState(Callback):
     ) -> None:
         """Tell the data that one more of its batches was used (not merely fetched ahead)."""
         trainer.datamodule.batch_consumed()  # type: ignore[attr-defined]
-        # Set before any callback that validates, saves or stops, and consumed by the next batch: one copy of 5 kB on the host.
+        # Set before any callback that validates, saves or stops, and consumed by the next batch: one copy of 5 kB on
+        # the host.
         self._to_restore = rng.get_state() if self._validation_follows(trainer) else None
 
     @staticmethod
@@ -52,7 +51,7 @@ class RunState(Callback):
         return {"rng": everyone}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep this process's state for the first batch; with more processes than before the newcomers start as rank 0 did."""
+        """Keep this process's state for the first batch; processes that are new start as rank 0 did."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if distributed else 0
         states = state_dict["rng"]
