@@ -39,7 +39,7 @@ bench: $(VENV)/.installed-bench ## CPU times beside torch and galore-torch
 	$(BIN)/python scripts/bench.py $(ARGS)
 
 bench-gpu: $(VENV)/.installed-bench ## the same on CUDA, with LLaMA-1B
-	$(BIN)/python scripts/bench_gpu.py $(ARGS)
+	$(BIN)/python scripts/bench.py --device cuda $(ARGS)
 
 clean: ## caches and builds; keeps .venv and outputs
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

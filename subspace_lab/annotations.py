@@ -76,7 +76,8 @@ def describe(annotation: Any) -> str:
     if origin is Literal:
         return ("one of " if len(members) > 1 else "") + ", ".join(_show(choice) for choice in members)
     if origin in (Union, types.UnionType):
-        words = list(dict.fromkeys(describe(member) for member in members))
+        wanted = [member for member in members if not (member is int and float in members)]
+        words = list(dict.fromkeys(describe(member) for member in wanted))
         return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
     kind = origin or annotation
     if kind in _SEQUENCES:

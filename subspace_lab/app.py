@@ -1,7 +1,8 @@
 """Where Hydra comes in: compose, choose the run folder, hand the configuration to `subspace_lab.run`.
 
-Imports Hydra and nothing heavier. Before Hydra creates a folder the configuration is composed once here (`_prepare`), so that
-mistakes leave nothing behind, `resume=auto` can point Hydra at an earlier folder, and a sweep that cannot work is refused.
+Imports Hydra and nothing heavier. Before Hydra creates a folder the configuration is composed once here (`_prepare`),
+so that mistakes leave nothing behind, `resume=auto` can point Hydra at an earlier folder, and a sweep that cannot work
+is refused.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from subspace_lab import catalog, interrupt, rundir, schema, sweeps
-from subspace_lab.errors import Interrupted, UserError
+from subspace_lab.errors import Interrupted, UserError, did_you_mean
 from subspace_lab.hydra_errors import CONFIG_ERRORS, explain
 
 log = logging.getLogger(__name__)
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 # Cached, so that every use in a run and every job of a sweep sees one id.
 OmegaConf.register_new_resolver("run_id", rundir.run_id, use_cache=True, replace=True)
@@ -64,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def resume(argv: Sequence[str]) -> int:
-    """Continue the run in a folder: `resume RUN_DIR [overrides]`, from its own overrides and the folder it was started in.
+    """Continue the run in a folder: `resume RUN_DIR [overrides]`, with its own overrides and where it was started.
 
     Raises:
         UserError: the folder holds no run.
@@ -82,20 +84,17 @@ def resume(argv: Sequence[str]) -> int:
         return 0
     overrides = [str(text) for text in OmegaConf.load(saved)]
     kept = [text for text in overrides if not text.lstrip("+").startswith(("resume=", "hydra."))]
-    origin = (
-        OmegaConf.load(run_dir / ".hydra" / "hydra.yaml") if (run_dir / ".hydra" / "hydra.yaml").is_file() else None
-    )
-    if origin is not None:
+    about = run_dir / ".hydra" / "hydra.yaml"
+    if about.is_file():
+        origin = OmegaConf.load(about)
         # Relative paths in the overrides are meant from where the run was started.
         with contextlib.suppress(OSError):
             os.chdir(str(OmegaConf.select(origin, "hydra.runtime.cwd", default=".")))
-        added = OmegaConf.select(origin, "hydra.runtime.config_sources", default=[])
-        folders = [source.path for source in added if source.provider == "command-line"]
-        if folders:
-            kept.append(f"hydra.searchpath=[{','.join(sweeps.quote(f'file://{folder}') for folder in folders)}]")
-    return main(
-        [*kept, f"resume={sweeps.quote(str(run_dir))}", f"hydra.run.dir={sweeps.quote(str(run_dir))}", *argv[1:]]
-    )
+        sources = OmegaConf.select(origin, "hydra.runtime.config_sources", default=[])
+        folders = [str(source.path) for source in sources if source.provider == "command-line"]
+        kept += [sweeps.searchpath(folders)] if folders else []
+    place = sweeps.quote(str(run_dir))
+    return main([*kept, f"resume={place}", f"hydra.run.dir={place}", *argv[1:]])
 
 
 def compose_config(overrides: Sequence[str]) -> DictConfig:
@@ -118,13 +117,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     shows = [
         parser.add_argument("--cfg", "-c", choices=["job", "hydra", "all"]),
         parser.add_argument("--package", "-p"),
-        parser.add_argument(
-            "--info",
-            "-i",
-            nargs="?",
-            const="all",
-            choices=["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"],
-        ),
+        parser.add_argument("--info", "-i", nargs="?", const="all", choices=INFO),
         parser.add_argument("--experimental-rerun"),
         parser.add_argument("--resolve", action="store_true"),
         parser.add_argument("--hydra-help", action="store_true"),
@@ -137,10 +130,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     unknown = [word for word in rest if word.startswith("-")]
     if unknown:
         known = [flag for action in parser._actions for flag in action.option_strings]
-        near = schema.nearest(unknown[0], [*known, "--help", "--version", "--debug"])
-        raise UserError(
-            f"unknown flag '{unknown[0]}'", hint=f"did you mean '{near}'?" if near else "see subspace-lab --help"
-        )
+        hint = did_you_mean(unknown[0], [*known, "--help", "--version", "--debug"]) or "see subspace-lab --help"
+        raise UserError(f"unknown flag '{unknown[0]}'", hint=hint)
     chosen = set(rest)
     options.flags = [word for word in argv if word not in chosen]
     options.shows_only = any(getattr(options, action.dest) for action in shows)
@@ -151,11 +142,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _prepare(options: argparse.Namespace, overrides: list[str]) -> list[str] | None:
     """Compose once, before Hydra runs; return overrides to add, or None if there is nothing left to do."""
-    searchpath = (
-        [f"hydra.searchpath=[{sweeps.quote(f'file://{Path(options.config_dir).resolve()}')}]"]
-        if options.config_dir
-        else []
-    )
+    searchpath = [sweeps.searchpath([str(Path(options.config_dir).resolve())])] if options.config_dir else []
     with _initialized():
         cfg = _compose([*overrides, *searchpath], multirun=options.multirun, config_name=options.config_name)
         if cfg.hydra.mode == RunMode.MULTIRUN or options.multirun:

@@ -108,7 +108,7 @@ def group_named(word: str) -> str:
 
 
 def keys(group: str, option: str | None = None) -> list[str]:
-    """Return the dotted keys below a group's node, of one option or of all, by a plain reading of the YAML's indentation.
+    """Return the dotted keys below a group's node, of one option or of all, read off the YAML's indentation.
 
     A file with `# @package _global_` names the groups itself, so its keys come from below `<group>:`.
     """

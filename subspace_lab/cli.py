@@ -1,7 +1,8 @@
 """The command line: standard library only, so that help, lists and completion answer before anything heavy is imported.
 
-Everything that is not one of the commands below goes to Hydra (`subspace_lab.app`). This is also the one place that turns
-exceptions into a line and an exit code: 2 for what the user can mend, 130 for Ctrl-C and other signals, 1 for a bug of ours.
+Everything that is not one of the commands below goes to Hydra (`subspace_lab.app`). This is also the one place that
+turns exceptions into a line and an exit code: 2 for what the user can mend, 130 for Ctrl-C and other signals, 1 for a
+bug of ours.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from subspace_lab.errors import Interrupted, UserError
 HELP = """\
 Subspace Lab: train inside a subspace.
 
-  subspace-lab                                    a small LLaMA learns this machine's Python sources with GaLore (a minute)
+  subspace-lab                                    a small LLaMA learns Python's own sources with GaLore (a minute)
   subspace-lab method=galore data=c4 model=llama_1b
   subspace-lab method=galore method.rank=64 optimizer.lr=0.005 trainer.max_steps=2000
   subspace-lab experiment=galore_llama60m_c4      a published table or figure
@@ -45,7 +46,10 @@ Flags
   --version, --help         --hydra-help shows Hydra's own flags
 """
 
-OUT_OF_MEMORY = "make data.batch_size smaller, or try trainer.precision=bf16-true, method.per_layer=true, model.gradient_checkpointing=true"
+OUT_OF_MEMORY = (
+    "make data.batch_size smaller, or try trainer.precision=bf16-true, method.per_layer=true, "
+    "model.gradient_checkpointing=true"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -185,7 +189,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
 def _debug_mode(words: list[str]) -> bool:
     """Return whether tracebacks are wanted, and let Hydra raise its errors so that `render` prints them.
 
-    The ranks that Lightning starts inherit HYDRA_FULL_ERROR from us; SUBSPACE_DEBUG tells them that the user never set it.
+    The ranks that Lightning starts inherit HYDRA_FULL_ERROR from us; SUBSPACE_DEBUG tells them whether the user set it.
     """
     inherited = os.environ.get("SUBSPACE_DEBUG")
     asked = inherited == "1" if inherited is not None else os.environ.get("HYDRA_FULL_ERROR") == "1"

@@ -1,4 +1,4 @@
-"""Shell completion without Hydra: commands, groups, options and dotted keys, read from conf/ in a few hundredths of a second."""
+"""Shell completion without Hydra: commands, groups, options and dotted keys, read from conf/ in no time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ COMMANDS = ("list", "doctor", "resume", "report", "completion")
 FLAGS = ("--help", "--version", "--debug", "--multirun", "--cfg", "--resolve", "--config-dir", "--hydra-help")
 VALUES = {"resume": ("auto", "null"), "estimate": ("true", "false"), "export": ("true", "false")}
 
-# The shells split words differently (bash at "="), so each script hands over the words as typed and completes the last one.
+# The shells split words differently (bash at "="): each script hands over the words as typed, to complete the last.
 _BASH = """\
 _subspace_lab() {
     local line="${COMP_LINE:0:COMP_POINT}" words word prefix

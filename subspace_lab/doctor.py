@@ -1,6 +1,7 @@
 """`subspace-lab doctor`: what works here, what does not, and the line that mends it.
 
-Each check imports what it looks at; a failing import is a result and not an error. Only what every run needs fails the whole.
+Each check imports what it looks at; a failing import is a result and not an error. Only what every run needs fails the
+whole.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Literal
 
 Verdict = Literal["ok", "warn", "fail"]
 MIN_FREE_GB = 5.0
+REINSTALL = "pip install --force-reinstall torch torchvision"
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def torch() -> Iterator[Check]:
     try:
         module = importlib.import_module("torch")
     except (ImportError, OSError) as error:
-        yield Check("torch", "fail", _one_line(error), "pip install --force-reinstall torch torchvision")
+        yield Check("torch", "fail", _one_line(error), REINSTALL)
         return
     yield Check("torch", "ok", f"{module.__version__}, {module.get_num_threads()} threads")
     if not module.cuda.is_available():
@@ -79,7 +81,7 @@ def torch() -> Iterator[Check]:
                 "cuda",
                 "warn",
                 f"built for CUDA {built} but no GPU is usable",
-                "compare with the driver's version: nvidia-smi",
+                "compare with nvidia-smi's version",
             )
         elif has_driver:
             yield Check(
@@ -169,9 +171,9 @@ def data() -> Iterator[Check]:
             "huggingface.co does not answer",
             "data.files=… reads local files; HF_HUB_OFFLINE=1 uses the cache",
         )
-    home = Path.home()
     cache = Path(
-        os.environ.get("SUBSPACE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "subspace-lab"
+        os.environ.get("SUBSPACE_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "subspace-lab"
     )
     for name, path, mend in (
         ("disk, outputs", Path.cwd(), "paths.output_root=/a/bigger/disk"),

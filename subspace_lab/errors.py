@@ -42,7 +42,7 @@ def _rebuild(message: str, hint: str | None) -> UserError:
 def nearest(name: str, options: Iterable[str]) -> str | None:
     """Return the option most like `name`, or None if nothing is close.
 
-    A shared beginning counts as close (`cosine` for `cosine_warmup`), and so does a difference of case or of `-` and `_`.
+    A shared beginning counts as close (`cosine` for `cosine_warmup`), a difference of case or of `-` and `_` as none.
     """
     by_folded = {_fold(option): option for option in options}
     folded = _fold(name)

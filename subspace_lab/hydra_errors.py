@@ -1,4 +1,4 @@
-"""Hydra's and OmegaConf's exceptions in one line: what was typed, what is wrong with it, the nearest thing that exists."""
+"""Hydra's and OmegaConf's exceptions in one line: what was typed, what is wrong with it, the nearest that exists."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from subspace_lab import catalog
 from subspace_lab.errors import UserError, nearest
-from subspace_lab.schema import locate, schema_of, unknown_key
+from subspace_lab.schema import unknown_key
+from subspace_lab.signatures import locate, schema_of
 
 Compose = Callable[[list[str]], DictConfig]
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
@@ -101,10 +102,8 @@ def _unknown(full_key: str, overrides: Sequence[str], compose: Compose) -> UserE
     group, _, rest = full_key.partition(".")
     having = [option for option in catalog.options(group) if rest in catalog.keys(group, option)]
     if having:
-        return UserError(
-            f"unknown key '{full_key}'",
-            hint=f"only {' and '.join(f'{group}={option}' for option in having[:4])} {'have' if len(having) > 1 else 'has'} it",
-        )
+        only = " and ".join(f"{group}={option}" for option in having[:4])
+        return UserError(f"unknown key '{full_key}'", hint=f"only {only} {'have' if len(having) > 1 else 'has'} it")
     return unknown_key(full_key, key, _names(list(map(str, parent))), cfg)
 
 

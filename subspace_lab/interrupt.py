@@ -4,8 +4,8 @@ Doing work inside a signal handler deadlocks distributed runs (one rank enters a
 still in the backward pass), so nothing happens here but an assignment. Standard library only, and installed before the
 heavy imports: a preemption signal that arrives while torch is still loading must not kill the process.
 
-SIGUSR2 (submitit, our SLURM templates) and SIGUSR1 (Lightning's convention) announce preemption; SIGTERM is a polite kill;
-SIGINT is Ctrl-C.
+SIGUSR2 (submitit, our SLURM templates) and SIGUSR1 (Lightning's convention) announce preemption; SIGTERM is a polite
+kill; SIGINT is Ctrl-C.
 """
 
 from __future__ import annotations

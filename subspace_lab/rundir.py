@@ -108,7 +108,8 @@ def check_free(run_dir: Path) -> None:
 def locked(run_dir: Path) -> Iterator[None]:
     """Hold the folder's lock; the kernel drops it with the process, so a killed run never blocks its own resumption.
 
-    A record lock and not flock: that one would live on in the forked data loader workers of a killed run. Only the first rank takes it. On a file system without locks this does nothing.
+    A record lock and not flock: that one would live on in the forked data loader workers of a killed run. Only the
+    first rank takes it. On a file system without locks this does nothing.
 
     Raises:
         UserError: another process holds it.

@@ -1,22 +1,18 @@
 """Checks a composed configuration before anything is built: unknown keys, wrong types, unresolvable values.
 
-The signature of each `_target_` is the schema of its node: Hydra checks neither keys added with `+` nor types, so a typo
-would otherwise run silently. Values are resolved leaf by leaf, so that an error names the full key.
+The signature of each `_target_` is the schema of its node: Hydra checks neither keys added with `+` nor types, so a
+typo would otherwise run silently. Values are resolved leaf by leaf, so that an error names the full key.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import inspect
 import json
 import re
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
@@ -26,13 +22,14 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from subspace_lab import catalog
 from subspace_lab.annotations import check_value
 from subspace_lab.errors import UserError, did_you_mean, nearest
+from subspace_lab.signatures import locate, schema_of
 
 # Keys of a node that its target does not take: Hydra's own, a display name, and a model's published training recipe.
 RESERVED = frozenset({"_target_", "_partial_", "_recursive_", "_convert_", "_args_", "name", "recipe"})
 
 # Where a bare word is most likely meant.
 _LIKELY = ("method", "optimizer", "trainer", "data", "model", "scheduler", "subspace", "logger", "protocol")
-_ALIAS = re.compile(r"\$\{[\w.]+\}$")
+_ALIAS = re.compile(r"\$\{([\w.]+)\}$")
 
 Node = Mapping[str, Any] | None
 
@@ -68,7 +65,7 @@ def validate(cfg: DictConfig) -> None:
     Imports the modules of the targets, which the run needs anyway.
 
     Raises:
-        UserError: an unknown key, a value of the wrong type or that cannot be resolved, a choice that does not fit another.
+        UserError: an unknown key, a value of the wrong type or that cannot be resolved, choices that do not fit.
     """
     hints = get_type_hints(Root)
     for key in map(str, cfg):
@@ -82,7 +79,7 @@ def validate(cfg: DictConfig) -> None:
     _check_protocol(cfg)
 
 
-def unknown_key(full_key: str, key: str, options: typing.Iterable[str], cfg: DictConfig | None) -> UserError:
+def unknown_key(full_key: str, key: str, options: Iterable[str], cfg: DictConfig | None) -> UserError:
     """Return the error for a key that does not exist: the nearest sibling, else the same word elsewhere in the tree."""
     prefix = full_key[: -len(key)]
     near = nearest(key, options)
@@ -121,12 +118,12 @@ def read(node: DictConfig | ListConfig, key: str | int, prefix: str) -> Any:
     """
     full_key = f"{prefix}.{key}" if prefix else str(key)
     try:
-        return node[key]
+        return node[key]  # type: ignore[index]
     except MissingMandatoryValue:
         raise UserError(f"{full_key} has no value and needs one", hint=f"write {full_key}=…") from None
     except OmegaConfBaseException as error:
-        raw = OmegaConf.to_container(node, resolve=False)
-        text = raw[key] if isinstance(raw, (dict, list)) else raw  # type: ignore[index, call-overload]
+        raw: Any = OmegaConf.to_container(node, resolve=False)
+        text = raw[key]
         reason = str(error).splitlines()[0]
         raise UserError(f"{full_key}={text} cannot be resolved: {reason}") from error
 
@@ -149,8 +146,8 @@ def to_plain(cfg: Any, prefix: str = "") -> Any:
 def config_hash(cfg: DictConfig) -> str:
     """Return 16 hexadecimal digits that name what a configuration computes, wherever and whenever it runs.
 
-    `resume`, `hydra` and `paths` do not count, nor does a value that mentions the run folder. The caller sees to it that
-    `name` resolves (inside a Hydra job it does; `compose_config` has put its value in).
+    `resume`, `hydra` and `paths` do not count, nor does a value that mentions the run folder. The caller sees to it
+    that `name` resolves (inside a Hydra job it does; `compose_config` has put its value in).
     """
     counted = deepcopy(cfg)
     with read_write(counted), open_dict(counted):
@@ -163,47 +160,6 @@ def config_hash(cfg: DictConfig) -> str:
     }
     text = json.dumps(plain, sort_keys=True, default=str, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def locate(path: str, key: str) -> Any:
-    """Import what a `_target_` names.
-
-    Args:
-        path: dotted path of a class or function.
-        key: the full key of the node, for the message.
-
-    Raises:
-        UserError: there is no such thing, or a package it needs is not installed.
-    """
-    parts = path.split(".")
-    for end in range(len(parts) - 1, 0, -1):
-        module_name = ".".join(parts[:end])
-        try:
-            found: Any = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            missing = error.name or ""
-            if module_name == missing or module_name.startswith(f"{missing}."):
-                continue
-            raise UserError(
-                f"{key} needs the package '{missing}'", hint=f"pip install {missing.split('.')[0]}"
-            ) from error
-        return _attributes(found, parts[end:], f"{key}._target_={path}")
-    if parts[0] != "subspace_lab":
-        raise UserError(f"{key} needs the package '{parts[0]}'", hint=f"pip install {parts[0]}")
-    raise UserError(f"{key}._target_={path}: no such class or function")
-
-
-def _attributes(found: Any, names: list[str], what: str) -> Any:
-    for name in names:
-        if not hasattr(found, name):
-            public = (
-                [word for word in vars(found) if not word.startswith("_")]
-                if isinstance(found, (ModuleType, type))
-                else []
-            )
-            raise UserError(f"{what}: no such class or function", hint=did_you_mean(name, public) or None)
-        found = getattr(found, name)
-    return found
 
 
 def _check_node(node: DictConfig, path: str) -> None:
@@ -220,58 +176,13 @@ def _check_node(node: DictConfig, path: str) -> None:
         value = read(node, key, path)
         full_key = f"{path}.{key}"
         if key in parameters:
-            check_value(value, parameters[key], full_key)
+            check_value(value, parameters[key], _original(node, key) or full_key)
         elif key not in RESERVED and not open_ended:
             raise unknown_key(full_key, key, parameters, None)
         if isinstance(value, DictConfig):
             _check_node(value, full_key)
         elif isinstance(value, ListConfig):
             to_plain(value, full_key)
-
-
-def schema_of(target: Any) -> tuple[dict[str, Any], bool]:
-    """Return the annotation of every parameter of a class or function (Any if it has none), and whether it takes others too.
-
-    A parameter whose default is None also takes None, whatever its annotation says.
-    """
-    try:
-        signature = inspect.signature(target)
-    except (TypeError, ValueError):
-        return {}, True
-    function = target.__init__ if inspect.isclass(target) else target
-    try:
-        hints = get_type_hints(function)
-    except Exception:
-        hints = _hints_one_by_one(function)
-    parameters: dict[str, Any] = {}
-    open_ended = False
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            open_ended = True
-        elif parameter.kind is not parameter.VAR_POSITIONAL:
-            hint = hints.get(name, Any)
-            parameters[name] = hint | None if parameter.default is None and _can_be_optional(hint) else hint
-    return parameters, open_ended
-
-
-def _can_be_optional(hint: Any) -> bool:
-    try:
-        hint | None
-    except TypeError:
-        return False
-    return hint is not Any
-
-
-def _hints_one_by_one(function: Any) -> dict[str, Any]:
-    # A name imported for type checkers only makes get_type_hints fail as a whole; the other parameters still have types.
-    scope = getattr(inspect.unwrap(function), "__globals__", {})
-    hints: dict[str, Any] = {}
-    for name, annotation in getattr(function, "__annotations__", {}).items():
-        try:
-            hints[name] = eval(annotation, scope) if isinstance(annotation, str) else annotation
-        except Exception:
-            hints[name] = Any
-    return hints
 
 
 def _check_root(cfg: DictConfig) -> None:
@@ -313,12 +224,18 @@ def _nearness(path: str) -> tuple[int, int, str]:
     return path.count("."), _LIKELY.index(group) if group in _LIKELY else len(_LIKELY), path
 
 
+def _original(node: DictConfig, key: str) -> str | None:
+    """Return the key that is the one to set, where a value only repeats it (`subspace.rank: ${method.rank}`)."""
+    raw = node._get_node(key)
+    match = _ALIAS.match(str(raw._value())) if isinstance(raw, OmegaNode) else None
+    return match[1] if match else None
+
+
 def _key_paths(node: DictConfig, prefix: str) -> list[str]:
     found = []
     for key in map(str, node):
-        raw = node._get_node(key)
-        if isinstance(raw, OmegaNode) and _ALIAS.match(str(raw._value())):
-            continue  # `subspace.rank: ${method.rank}`: the original is the one to set
+        if _original(node, key) is not None:
+            continue
         found.append(_join(prefix, key))
         if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
             child = node.get(key)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -24,6 +25,11 @@ MAX_CHECKED = 20
 def quote(value: str) -> str:
     """Return a value as Hydra reads it back unchanged, whatever characters it has."""
     return "'" + value.replace("'", "\\'") + "'"
+
+
+def searchpath(folders: Sequence[str]) -> str:
+    """Return the override that adds folders of configuration groups."""
+    return f"hydra.searchpath=[{','.join(quote(f'file://{folder}') for folder in folders)}]"
 
 
 def prepare(cfg: DictConfig, overrides: list[str], compose: Callable[[list[str]], object]) -> list[str]:
@@ -75,7 +81,7 @@ def prepare(cfg: DictConfig, overrides: list[str], compose: Callable[[list[str]]
     return [f"hydra.sweep.dir={quote(str(sweep_dir))}"]
 
 
-def refuse_local_ddp(cfg: DictConfig, hydra_cfg: DictConfig) -> None:
+def refuse_local_ddp(cfg: DictConfig, hydra_cfg: Any) -> None:
     """Refuse a local sweep of runs that start their ranks as subprocesses: each rank would run the whole sweep again.
 
     Raises:
@@ -102,7 +108,7 @@ def _values(override: Override) -> list[str]:
 
 
 def _name(cfg: DictConfig, swept: dict[str, list[str]]) -> str:
-    """Return the sweep's run group: the choices as in a single run, a swept one as its values joined (`galore+none_…`)."""
+    """Return the sweep's run group: a single run's, with a swept choice as its values joined (`galore+none_…`)."""
     raw = OmegaConf.to_container(cfg, resolve=False)
     text = raw.get("name") if isinstance(raw, dict) else None
     if isinstance(text, str) and "${" not in text and "," not in text:

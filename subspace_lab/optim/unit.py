@@ -96,7 +96,7 @@ class Unit:
                     group[key].fill_(value)
                 else:
                     group[key] = value
-            if self.rules.eps_before_correction and "betas" in group:
+            if self.rules.eps_before_correction and {"betas", "eps"} <= group.keys():
                 t = 1 + (self.t if stack is None else stack.t)
                 group["eps"] = group["eps"] / (1 - group["betas"][1] ** t) ** 0.5
 

@@ -133,7 +133,7 @@ class Fit:
             "train/tokens_per_second": timing.tokens_per_second,
             "optimizer/state_bytes": float(state_bytes(optimizer)),
             "model/parameters": float(sum(p.numel() for p in parameters)),
-            **driver.figures(),
+            **driver.figures(optimizer),
         }
         if driver.last_loss is not None:
             metrics["train/loss"] = driver.last_loss

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import netrc
 import os
 import sys
 import uuid
@@ -77,7 +79,7 @@ class WandbRunLogger(Logger):
     def finalize(self, status: str) -> None:
         """End the W&B run."""
         if self._run is not None:
-            self._guard(lambda: self._run.finish(exit_code=0 if status == "success" else 1, quiet=True))
+            self._guard(lambda: self._run.finish(exit_code=0 if status == "success" else 1))
             self._run = None
 
     def _guard(self, action: Callable[[], object]) -> None:
@@ -90,6 +92,10 @@ class WandbRunLogger(Logger):
 
 
 def _has_key() -> bool:
-    import wandb
-
-    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    """Return whether `wandb login` or WANDB_API_KEY has left a key, without asking the network or the user."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    return False

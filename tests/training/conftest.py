@@ -46,7 +46,10 @@ class TinyRun:
     def config(self, *overrides: str) -> DictConfig:
         from subspace_lab.app import compose_config
 
-        return compose_config([*self.words(), f"paths.output_dir={self.root}", *overrides])
+        words = self.words()
+        if "method=none" in overrides:
+            words = [word for word in words if not word.startswith("method.")]
+        return compose_config([*words, f"paths.output_dir={self.root}", *overrides])
 
     def words(self) -> list[str]:
         """The overrides as they would be typed."""

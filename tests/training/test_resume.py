@@ -29,7 +29,7 @@ def same(tiny: Any, a: str, b: str) -> None:
 def test_interrupt_and_resume_equals_uninterrupted(tiny: Any, stop_at: Any, where: str, step: int) -> None:
     whole = tiny.fit("whole")
     stop_at(step, where)
-    with pytest.raises(Interrupted, match=f"stopped after step {step} of 10.*subspace-lab resume .*cut"):
+    with pytest.raises(Interrupted, match=f"interrupted after step {step} of 10.*subspace-lab resume .*cut"):
         tiny.fit("cut")
     stop_at.reset()
     resumed = tiny.fit("cut", "resume=auto")
@@ -114,6 +114,37 @@ def test_resume_from_one_file_into_another_folder(tiny: Any) -> None:
     tiny.fit("branch", f"resume={checkpoint.path_for(tiny.root / 'whole', 6)}")
     left, right = tiny.weights("whole"), tiny.weights("branch")
     assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the imported libraries instead of importing them again")
+@pytest.mark.parametrize("delay", [0.0, 0.03])
+def test_kill_9_at_any_moment(tiny: Any, delay: float) -> None:
+    """SIGKILL some moment after the second checkpoint appeared; the continued run ends as the uninterrupted one."""
+    from subspace_lab.training import checkpoint
+
+    words = ("trainer.max_steps=120", "trainer.checkpoint_every=5", "trainer.val_every=7")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a forked child has none of its parent's threads
+    try:
+        tiny.fit("whole", *words)
+        child = os.fork()
+        if child == 0:
+            try:
+                tiny.fit("cut", *words)
+            finally:
+                os._exit(0)
+        end = time.monotonic() + 60
+        while len(checkpoint.list_checkpoints(tiny.root / "cut")) < 2 and time.monotonic() < end:
+            time.sleep(0.002)
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        left_at = checkpoint.step_of(checkpoint.list_checkpoints(tiny.root / "cut")[0])
+        assert 10 <= left_at < 120
+        tiny.fit("cut", *words, "resume=auto")
+    finally:
+        torch.set_num_threads(threads)
+    same(tiny, "whole", "cut")
 
 
 @pytest.mark.slow

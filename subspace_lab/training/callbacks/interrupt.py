@@ -79,6 +79,6 @@ class InterruptWatch(Callback):
             return
         self.checkpointing.save(trainer, must=True)
         raise Interrupted(
-            f"stopped after step {trainer.global_step} of {trainer.max_steps}, everything saved; "
+            f"interrupted after step {trainer.global_step} of {trainer.max_steps}, everything is saved; "
             f"continue with: subspace-lab resume {self.resume_dir}"
         )

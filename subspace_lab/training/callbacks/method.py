@@ -81,8 +81,9 @@ class MethodDriver(Callback):
         assert isinstance(pl_module, ExperimentModule)
         write_row(trainer, pl_module.validation)
 
-    def figures(self) -> dict[str, float]:
-        """Return the run's figures: share of training time in refreshes, their number, mean captured energy, state bytes."""
+    def figures(self, optimizer: Any) -> dict[str, float]:
+        """Return the run's figures: share of training time in refreshes, their number, mean captured energy."""
+        self._optimizer = optimizer  # of a run resumed at its end no step has told
         found: dict[str, float] = {}
         if hasattr(self._optimizer, "refresh_seconds"):
             seconds, count = self._refreshes()

@@ -14,7 +14,8 @@ from subspace_lab.training.module import ExperimentModule
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-_LINES = 20  # at most about this many plain lines per run
+_LINES = 20  # plain lines per run of a few minutes
+_SECONDS = 30.0  # and the longest silence of a longer one
 
 
 class ProgressDisplay(Callback):
@@ -38,6 +39,7 @@ class ProgressDisplay(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the empty bar."""
         self._begun = (self.driver.timing.seconds, trainer.global_step)
+        self._last = time.monotonic()
         if not self.bar or not trainer.is_global_zero:
             return
         from rich.console import Console
@@ -68,7 +70,8 @@ class ProgressDisplay(Callback):
             if now - self._last > 0.1 or step == trainer.max_steps:
                 self._last = now
                 self._progress.update(self._task, completed=step, figures=self._figures(trainer, pl_module))
-        elif not self.bar and (step % self._spacing(trainer) == 0 or step == trainer.max_steps):
+        elif not self.bar and self._line_due(trainer):
+            self._last = time.monotonic()
             line = f"{self.label}  step {step}/{trainer.max_steps}  {self._figures(trainer, pl_module)}"
             print(line, file=sys.stderr, flush=True)
 
@@ -85,9 +88,12 @@ class ProgressDisplay(Callback):
             self._progress.stop()
             self._progress = None
 
-    def _spacing(self, trainer: Trainer) -> int:
-        rows = max(1, round(trainer.max_steps / _LINES / self.driver.log_every))
-        return rows * self.driver.log_every
+    def _line_due(self, trainer: Trainer) -> bool:
+        """About twenty lines a run, more if they would be over half a minute apart."""
+        step, every = trainer.global_step, self.driver.log_every
+        rows = max(1, round(trainer.max_steps / _LINES / every))
+        overdue = time.monotonic() - self._last > _SECONDS and step % every == 0
+        return step % (rows * every) == 0 or step == trainer.max_steps or overdue
 
     def _figures(self, trainer: Trainer, pl_module: LightningModule) -> str:
         assert isinstance(pl_module, ExperimentModule)

@@ -1,0 +1,25 @@
+"""What all tests share: no network, no scheduler's environment, and CUDA tests skipped where there is no CUDA."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# Before any test module imports a hub client.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("WANDB_SILENT", "true")
+for _name in [name for name in os.environ if name.startswith(("SLURM_", "SUBSPACE_DEBUG"))]:
+    del os.environ[_name]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("cuda")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
