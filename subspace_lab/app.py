@@ -148,8 +148,10 @@ def _prepare(options: argparse.Namespace, overrides: list[str]) -> list[str] | N
         if cfg.hydra.mode == RunMode.MULTIRUN or options.multirun:
             return sweeps.prepare(cfg, overrides, lambda single: _compose([*single, *searchpath], multirun=False))
         job = _without_hydra(cfg)
-        schema.validate(job)
-        return _choose_run_dir(job, overrides)
+        extra = _choose_run_dir(job, overrides)
+        if extra is not None:
+            schema.validate(job)
+        return extra
 
 
 def _choose_run_dir(job: DictConfig, overrides: list[str]) -> list[str] | None:

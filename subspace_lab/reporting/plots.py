@@ -65,9 +65,10 @@ def draw_loss(runs: Sequence[tuple[str, Path]], target: Path, title: str) -> Pat
     return target
 
 
-def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
-    """Return the bias-corrected exponential moving average of a curve."""
+def smooth(values: Sequence[float]) -> list[float]:
+    """Return the bias-corrected exponential moving average of a curve, over about a twentieth of its length."""
     smoothed, mean = [], 0.0
+    weight = 1 - min(1.0, 20 / max(1, len(values)))
     for index, value in enumerate(values, start=1):
         mean = weight * mean + (1 - weight) * value
         smoothed.append(mean / (1 - weight**index))
