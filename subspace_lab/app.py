@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from subspace_lab import catalog, interrupt, rundir, schema, sweeps
 from subspace_lab.errors import Interrupted, UserError, did_you_mean
 from subspace_lab.hydra_errors import CONFIG_ERRORS, explain
+from subspace_lab.training.environment import quiet_lightning
 
 log = logging.getLogger(__name__)
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
@@ -194,6 +195,7 @@ def task(cfg: DictConfig) -> float | None:
     output_dir = Path(hydra_cfg.runtime.output_dir)
     in_sweep = hydra_cfg.mode == RunMode.MULTIRUN
     try:
+        quiet_lightning()  # before anything warns: importing some optimizers does
         schema.validate(cfg)
         if in_sweep:
             sweeps.refuse_local_ddp(cfg, hydra_cfg)

@@ -94,6 +94,8 @@ def check_free(run_dir: Path) -> None:
     Raises:
         UserError: the folder is in use.
     """
+    if not _is_first_rank():  # Lightning runs the command again for every other rank, in the first one's folder
+        return
     with contextlib.suppress(OSError), open(run_dir / LOCK_FILE, encoding="utf-8") as file:
         holder = file.read().strip()
         if holder == owner():
