@@ -69,7 +69,7 @@ def galore_torch(inside: Named, other: Named, rank: int) -> Optimizer:
 
 
 def adamw(inside: Named, other: Named, **how: bool) -> Optimizer:
-    """torch's AdamW on everything."""
+    """The AdamW of torch on everything."""
     return AdamW([p for _, p in inside + other], lr=1e-3, **how)
 
 

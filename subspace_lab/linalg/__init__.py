@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from subspace_lab.linalg.angles import overlap, principal_angles
 from subspace_lab.linalg.orthonormalize import orthonormalize
+from subspace_lab.linalg.precision import largest_entry
 from subspace_lab.linalg.projection import (
     energy_rank,
     extend_basis,
@@ -28,6 +29,7 @@ __all__ = [
     "energy_rank",
     "extend_basis",
     "gram_eigh",
+    "largest_entry",
     "lift_span",
     "orthonormalize",
     "overlap",

@@ -66,7 +66,15 @@ def normalize(A: Tensor) -> tuple[Tensor, Tensor]:
         The scaled matrices (..., p, q) and the scale (..., 1, 1) to multiply back; the scale of a zero matrix
         is 0.
     """
-    A = sanitize(upcast(A))
-    scale = A.abs().amax(dim=(-2, -1), keepdim=True)
+    A = upcast(A)
+    largest = largest_entry(A)
+    finite = torch.isfinite(largest)
+    scale = torch.where(finite, largest, torch.zeros_like(largest))
     # Two steps: 1 / scale overflows for subnormal scales, A / scale does not.
-    return A / torch.where(scale > 0, scale, torch.ones_like(scale)), scale
+    return torch.where(finite, A, 0.0) / torch.where(scale > 0, scale, torch.ones_like(scale)), scale
+
+
+def largest_entry(A: Tensor) -> Tensor:
+    """Largest |A_ij| of each matrix, (..., 1, 1); NaN or inf where the matrix holds one. One pass, no temporary."""
+    largest: Tensor = torch.linalg.vector_norm(A, ord=float("inf"), dim=(-2, -1), keepdim=True)
+    return largest

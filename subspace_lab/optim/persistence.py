@@ -43,9 +43,7 @@ def _strip(entry: dict[str, Any], prefix: str) -> dict[str, Any]:
     # Copies: entries of one former stack share its counters, and a caller may go on using what it saved.
     # (Quantised moments are a subclass that belongs to one weight and cannot be cloned.)
     return {
-        k.removeprefix(prefix): v.clone() if type(v) is Tensor else v
-        for k, v in entry.items()
-        if k.startswith(prefix)
+        k.removeprefix(prefix): v.clone() if type(v) is Tensor else v for k, v in entry.items() if k.startswith(prefix)
     }
 
 

@@ -108,22 +108,22 @@ class Stack:
         """Decoupled weight decay on the full weights."""
         torch._foreach_mul_(self.params, factor)
 
-    def add_(self, U: Tensor, members: slice, alpha: float) -> None:
-        """W += alpha · U for U (b, p, q)."""
+    def add_(self, U: Tensor, members: slice) -> None:
+        """W += U for U (b, p, q)."""
         if self.flat:
-            self._add_parts(self.params, U.reshape(-1).split_with_sizes([p.numel() for p in self.params]), alpha)
+            self._add_parts(self.params, U.reshape(-1).split_with_sizes([p.numel() for p in self.params]))
             return
         split = min(max(self.natives, members.start), members.stop)  # natives first, then the transposed
         for begin, end in ((members.start, split), (split, members.stop)):
             if begin < end:
                 part = U[begin - members.start : end - members.start]
                 part = part.mT.contiguous() if self.transposed[begin] else part
-                self._add_parts(self.params[begin:end], part.unbind(0), alpha)
+                self._add_parts(self.params[begin:end], part.unbind(0))
 
     @staticmethod
-    def _add_parts(weights: list[Tensor], parts: Sequence[Tensor], alpha: float) -> None:
+    def _add_parts(weights: list[Tensor], parts: Sequence[Tensor]) -> None:
         updates = [u.to(w.dtype).view_as(w) for u, w in zip(parts, weights, strict=True)]
-        torch._foreach_add_(weights, updates, alpha=alpha)
+        torch._foreach_add_(weights, updates)
 
     def assign_(self, W: Tensor, members: slice) -> None:
         """W <- new weights (b, p, q)."""
@@ -151,13 +151,9 @@ class Stack:
         self.unsure = bool(late)
         return late
 
-    def refresh(
-        self, A: Tensor, chunk: slice, due: list[int], W: Tensor | None
-    ) -> tuple[Members, Tensor | None] | None:
-        """Refresh the members of `chunk` that are due; returns (members, change of basis)."""
+    def refresh(self, A: Tensor, chunk: slice, due: list[int], W: Tensor | None) -> tuple[Members, Tensor | None]:
+        """Refresh the members of `chunk` that are due, at least one; returns (members, change of basis)."""
         mine = [i for i in due if chunk.start <= i < chunk.stop]
-        if not mine:
-            return None
         if len(mine) == chunk.stop - chunk.start:
             return chunk, self.subspace.refresh(A, chunk, W)
         rows = [i - chunk.start for i in mine]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 from subspace_lab.optim.meter import Meter
 from subspace_lab.optim.moments import Moments, carry_over
 from subspace_lab.optim.stack import Stack
+from subspace_lab.optim.threads import in_parallel
 from subspace_lab.optim.traits import OptimizerFactory, couples_decay, reads_weight
-from subspace_lab.subspaces.base import Subspace
+from subspace_lab.subspaces.base import Members, Subspace
+
+Gather = Callable[[slice], tuple[Tensor, Tensor | None]]  # a chunk's gradients, and weights where asked for
 
 # Keys of an outer group that are ours; all others are the inner optimizer's and are passed on at every step.
 OWN_KEYS = frozenset({"params", "param_names", "subspace", "flat", "scale", "weight_decay", "kind"})
@@ -106,16 +110,20 @@ class Unit:
         grads = s.grads()
         due = s.due(self.rules.refresh_every)
         coupled = group.get("weight_decay") if couples_decay(self.factory, group) else 0.0
+        wants_weight = bool(coupled) or s.subspace.needs_weight
+
+        def gather(chunk: slice) -> tuple[Tensor, Tensor | None]:
+            A, W = s.gather(grads, chunk), s.gather(s.params, chunk) if wants_weight else None
+            return (A + coupled * W if coupled and W is not None else A), W
+
+        chunks = s.chunks()
+        if due:
+            self._refresh(s, due, [c for c in chunks if any(c.start <= i < c.stop for i in due)], gather)
         Z = torch.empty(s.coordinates, device=s.device)
         energy: list[Tensor] = []
-        for chunk in s.chunks():
-            A = s.gather(grads, chunk)
-            W = s.gather(s.params, chunk) if coupled or s.subspace.needs_weight else None
-            if coupled and W is not None:
-                A = A + coupled * W
-            if due:
-                self._refresh(s, A, chunk, due, W)
-            Z[chunk] = s.subspace.project(A, chunk)
+        for chunk in chunks:
+            A = gather(chunk)[0]
+            s.subspace.project(A, chunk, out=Z[chunk])
             if self.meter.measure:
                 energy.append(A.float().square().sum())
         # NaN and inf reach Z through any product; such a matrix takes a zero gradient this step.
@@ -125,15 +133,19 @@ class Unit:
             self.meter.add_energy(Z, energy)
         return Z
 
-    def _refresh(self, s: Stack, A: Tensor, chunk: slice, due: list[int], W: Tensor | None) -> None:
+    def _refresh(self, s: Stack, due: list[int], chunks: list[slice], gather: Gather) -> None:
+        def refresh(chunk: slice) -> tuple[Members, Tensor | None]:
+            A, W = gather(chunk)
+            return s.refresh(A, chunk, due, W)
+
         if s.subspace.every_step:
-            s.refresh(A, chunk, due, W)
+            for chunk in chunks:
+                refresh(chunk)
             return
         with self.meter.watch.running(s.device):
-            done = s.refresh(A, chunk, due, W)
-        if done is not None:
-            members, change = done
-            self.meter.refreshes += len(range(s.B)[members]) if isinstance(members, slice) else len(members)
+            done = in_parallel(refresh, chunks) if s.device.type == "cpu" else [refresh(c) for c in chunks]
+        self.meter.refreshes += len(due)
+        for members, change in done:
             carry_over(self.inner, s, members, change, self.rules.moments)
 
     @staticmethod
@@ -149,16 +161,17 @@ class Unit:
         if decay and not inside and not self.rules.decay_after:
             s.shrink_(1 - decay)
         scale = float(group["scale"])
+        step = step.mul_(scale) if scale != 1 else step  # on the small side, once
         curved = type(s.subspace).retract is not Subspace.retract
         for chunk in s.chunks():
             weights = s.gather(s.params, chunk) if curved or (decay and inside) else None
             Z = step[chunk]
             if decay and inside and weights is not None:
-                Z = Z - (decay / scale) * s.subspace.project(weights, chunk)
+                Z = Z - decay * s.subspace.project(weights, chunk)
             if curved and weights is not None:
-                s.assign_(s.subspace.retract(weights, scale * s.subspace.lift(Z, chunk), chunk), chunk)
-            elif not _add_in_place(s, Z, chunk, scale):
-                s.add_(s.subspace.lift(Z, chunk), chunk, scale)
+                s.assign_(s.subspace.retract(weights, s.subspace.lift(Z, chunk), chunk), chunk)
+            elif not _add_in_place(s, Z, chunk):
+                s.add_(s.subspace.lift(Z, chunk), chunk)
         if decay and not inside and self.rules.decay_after:
             s.shrink_(1 - decay)
 
@@ -170,11 +183,11 @@ class Unit:
                 torch._foreach_mul_(moved, 1 - decay)
 
 
-def _add_in_place(s: Stack, Z: Tensor, chunk: slice, scale: float) -> bool:
+def _add_in_place(s: Stack, Z: Tensor, chunk: slice) -> bool:
     """One large fp32 matrix: W.addmm_(Z, Pᵀ), which needs no full-size temporary."""
     factors = s.subspace.factors(chunk)
     W = s.params[chunk.start]
     if factors is None or s.flat or chunk.stop - chunk.start > 1 or W.dtype != Z.dtype:
         return False
-    s.matrix(W, chunk.start).addmm_(Z[0], factors[0], alpha=scale)
+    s.matrix(W, chunk.start).addmm_(Z[0], factors[0])
     return True

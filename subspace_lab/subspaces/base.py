@@ -105,8 +105,8 @@ class Subspace(ABC):
         """
 
     @abstractmethod
-    def project(self, A: Tensor, members: Members = ALL) -> Tensor:
-        """Coordinates Z of A (b, p, q)."""
+    def project(self, A: Tensor, members: Members = ALL, out: Tensor | None = None) -> Tensor:
+        """Coordinates Z of A (b, p, q), written to `out` where given."""
 
     @abstractmethod
     def lift(self, Z: Tensor, members: Members = ALL) -> Tensor:

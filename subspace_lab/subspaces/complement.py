@@ -61,10 +61,11 @@ class Complement(Subspace):
         return None
 
     @override
-    def project(self, A: Tensor, members: Members = ALL) -> Tensor:
+    def project(self, A: Tensor, members: Members = ALL, out: Tensor | None = None) -> Tensor:
         M = self.state["protected"][members]
         A = A.to(M.dtype)
-        return linalg.project_complement(A, M) if M.shape[-1] else A
+        inside = linalg.project_complement(A, M) if M.shape[-1] else A
+        return inside if out is None else out.copy_(inside)
 
     @override
     def lift(self, Z: Tensor, members: Members = ALL) -> Tensor:

@@ -92,9 +92,8 @@ class Span(Subspace):
         A = A.to(P.dtype)
         if self.within is not None:
             A = self.within.project(A, members)
-        size = A.abs().amax(dim=(1, 2))
-        ok = torch.isfinite(size) & (size > 0)
-        good = ok[:, None, None]
+        size = linalg.largest_entry(A)
+        good = torch.isfinite(size) & (size > 0)
         new = self.choose(A, P, members)  # the kernels read matrices that are not finite as zero
         if self.within is not None:
             new = self._inside(new, members)
@@ -109,9 +108,9 @@ class Span(Subspace):
         return change
 
     @override
-    def project(self, A: Tensor, members: Members = ALL) -> Tensor:
+    def project(self, A: Tensor, members: Members = ALL, out: Tensor | None = None) -> Tensor:
         P = self.basis[members]
-        return A.to(P.dtype) @ P
+        return torch.bmm(A.to(P.dtype), P) if out is None else torch.bmm(A.to(P.dtype), P, out=out)
 
     @override
     def lift(self, Z: Tensor, members: Members = ALL) -> Tensor:
@@ -280,8 +279,8 @@ class Identity(Subspace):
         return None
 
     @override
-    def project(self, A: Tensor, members: Members = ALL) -> Tensor:
-        return A.float()
+    def project(self, A: Tensor, members: Members = ALL, out: Tensor | None = None) -> Tensor:
+        return A.float() if out is None else out.copy_(A)
 
     @override
     def lift(self, Z: Tensor, members: Members = ALL) -> Tensor:

@@ -46,8 +46,9 @@ class Tangent(Subspace):
         self.state["point"][members] = weight.float()
 
     @override
-    def project(self, A: Tensor, members: Members = ALL) -> Tensor:
-        return self.manifold.tangent(self.state["point"][members], A.float())
+    def project(self, A: Tensor, members: Members = ALL, out: Tensor | None = None) -> Tensor:
+        Z = self.manifold.tangent(self.state["point"][members], A.float())
+        return Z if out is None else out.copy_(Z)
 
     @override
     def lift(self, Z: Tensor, members: Members = ALL) -> Tensor:
