@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -19,7 +20,8 @@ def in_parallel(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
     torch releases the interpreter's lock inside every kernel.
     """
     threads = torch.get_num_threads()
-    if threads == 1 or len(items) == 1:
+    # Dispatch modes (fake tensors of a memory estimate, profilers) belong to a thread and would be left behind.
+    if threads == 1 or len(items) == 1 or is_in_torch_dispatch_mode():
         return [work(item) for item in items]
 
     def quiet(item: T) -> R:

@@ -166,6 +166,7 @@ def test_missing_file_and_offline_hub(tmp_path: Path, monkeypatch: pytest.Monkey
     def no_address(*args: Any) -> None:
         raise OSError(-2, "Name or service not known")
 
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)  # set for all other tests
     monkeypatch.setattr("subspace_lab.data.hub.socket.getaddrinfo", no_address)
     monkeypatch.setattr("subspace_lab.data.hub.urllib.request.getproxies", dict)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
