@@ -170,6 +170,26 @@ def test_convolutions_are_matrices() -> None:
     assert (conv.weight - before).abs().max() > 0
 
 
+def test_bf16_weights_have_fp32_bases_and_moments() -> None:
+    full, half = net(), net().bfloat16()
+    half.load_state_dict(full.state_dict())
+    inner = partial(AdamW, lr=1e-2, weight_decay=0.0)
+    start = full[1][0].weight.detach().clone()
+    one, other = (SubspaceOptimizer(groups(m, SVD(3)), inner, refresh_every=5) for m in (full, half))
+    for _ in range(12):
+        for model, opt in ((full, one), (half, other)):
+            opt.zero_grad()
+            ((model(X.to(model[0][0].weight.dtype)).float() - Y) ** 2).mean().backward()
+            opt.step()
+    for s in other.units[0].stacks:
+        P = s.subspace.state["basis"]
+        assert P.dtype == torch.float32 and (P.mT @ P - torch.eye(P.shape[-1])).abs().max() <= 1e-5
+        assert other.units[0].inner.state[s.coords[0]]["exp_avg"].dtype == torch.float32
+    moved = full[1][0].weight - start
+    gap = (half[1][0].weight.float() - full[1][0].weight).norm() / moved.norm()
+    assert gap < 0.2  # rounding of weights and gradients, nothing else
+
+
 def test_weight_without_gradient_is_skipped_and_counts_its_own_steps() -> None:
     torch.manual_seed(0)
     grads = torch.randn(6, 2, 10, 8)
