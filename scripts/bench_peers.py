@@ -73,12 +73,14 @@ def adamw(inside: Named, other: Named, **how: bool) -> Optimizer:
     return AdamW([p for _, p in inside + other], lr=1e-3, **how)
 
 
-def peers(rank: int) -> dict[str, Callable[[Named, Named], Optimizer]]:
-    """Name -> factory, the reference first."""
+def peers(size: str) -> dict[str, Callable[[Named, Named], Optimizer]]:
+    """Name -> factory, the reference first; our exact SVD only where its refresh takes seconds, not minutes."""
+    rank = SIZES[size][3]
+    exact = {"ours, svd": ours(SVD, rank)} if size == "llama_60m" else {}
     return {
         "galore-torch": partial(galore_torch, rank=rank),
         "ours, randomized": ours(Randomized, rank),
-        "ours, svd": ours(SVD, rank),
+        **exact,
         "ours, gram": ours(partial(SVD, solver="gram"), rank),
         "AdamW foreach": partial(adamw, foreach=True),
         "AdamW fused": partial(adamw, fused=True),

@@ -154,26 +154,37 @@ def subspace_iteration(
     _check_rank(A, r)
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
-    scaled, scale = normalize(A)
-    old = P.to(scaled.dtype)
+    A = upcast(A)
+    old = P.to(A.dtype)
     if A.shape[-2] < r:
-        new, s = gram_eigh(scaled, r)
-        return torch.where(scale > 0, new, old), s * scale[..., 0]
-    new, s = old, torch.zeros_like(old[..., 0, :])
+        new, s = gram_eigh(A, r)
+        return torch.where(s[..., :1, None] > 0, new, old), s
+    new = old
     for _ in range(iterations):
-        half = _ritz(scaled @ new) if rayleigh_ritz else orthonormalize(scaled @ new)
-        Z = scaled.mT @ half
-        s = Z.norm(dim=-2)
+        Z = A.mT @ _half_step(A, A @ new, rayleigh_ritz)
+        Z, scale = normalize(Z)
+        s = Z.norm(dim=-2) * scale[..., 0]
         new = orthonormalize(Z)
-    return torch.where(scale > 0, new, old), s * scale[..., 0]
+    # Only the thin products were looked at: passes over A itself would cost as much as a product. What is zero or
+    # not finite in A has made them so, and `normalize` has given it scale 0.
+    return torch.where(scale > 0, new, old), s
 
 
-def _ritz(Y: Tensor) -> Tensor:
-    """Rotate the columns of Y (..., p, r) into its left singular vectors, longest first, of unit length."""
-    _, W = _descending_eigh(matmul(Y.mT, Y))
-    rotated = matmul(Y, W)
+def _half_step(A: Tensor, Y: Tensor, rayleigh_ritz: bool) -> Tensor:
+    """Orthonormal columns for Y = A P (..., p, r): its left singular vectors, longest first, or in the columns' order.
+
+    Columns that Y leaves open are taken from A itself, so that an iteration started in the wrong place still
+    finds A's range.
+    """
+    scaled, _ = normalize(Y)
+    if not rayleigh_ritz:
+        return orthonormalize(scaled)
+    _, W = _descending_eigh(matmul(scaled.mT, scaled))
+    rotated = matmul(scaled, W)
     length = rotated.norm(dim=-2, keepdim=True)
-    return torch.where(length > 0, rotated / length.clamp_min(torch.finfo(Y.dtype).tiny), rotated)
+    known = length > torch.finfo(Y.dtype).eps * length.amax(dim=-1, keepdim=True)
+    spread, _ = normalize(A[..., :: A.shape[-1] // Y.shape[-1]][..., : Y.shape[-1]])
+    return torch.where(known, rotated / torch.where(known, length, torch.ones_like(length)), spread)
 
 
 def align_signs(P: Tensor, P_old: Tensor) -> Tensor:
