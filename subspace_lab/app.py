@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -25,10 +26,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from subspace_lab import catalog, interrupt, rundir, schema, sweeps
 from subspace_lab.errors import Interrupted, UserError, did_you_mean
-from subspace_lab.hydra_errors import CONFIG_ERRORS, explain
+from subspace_lab.hydra_errors import CONFIG_ERRORS, explain, explain_null
 from subspace_lab.training.environment import quiet_lightning
 
 log = logging.getLogger(__name__)
+NO_CHOICE = ("subspace", "experiment", "hparams_search", "debug")  # null in conf/config.yaml
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 # Cached, so that every use in a run and every job of a sweep sees one id.
@@ -49,6 +51,9 @@ def main(argv: Sequence[str]) -> int:
         UserError, Interrupted: see `subspace_lab.errors`; anything else is a bug.
     """
     options, overrides = _parse(argv)
+    # Said of a group without a default choice this changes nothing, and Hydra cannot read it.
+    overrides = [text for text in overrides if text not in [f"{group}=null" for group in NO_CHOICE]]
+    stopped: Stop | None = None
     try:
         if not options.shows_only:
             extra = _prepare(options, overrides)
@@ -59,10 +64,20 @@ def main(argv: Sequence[str]) -> int:
         sys.argv = [sys.argv[0], *options.flags, *overrides]
         _hydra_main()
     except Stop as stop:
-        assert stop.__cause__ is not None
-        raise stop.__cause__ from None
+        stopped = stop
     except CONFIG_ERRORS as error:
         raise explain(error, overrides, compose_config) from error
+    except OSError as error:  # from Hydra or us, making the folder; what goes wrong inside a run comes as Stop
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"cannot write to {error.filename}: {error.strerror}", hint="choose another place with paths.output_root="
+        ) from error
+    except ValueError as error:
+        raise explain_null(error, overrides) from error
+    if stopped is not None:
+        assert stopped.__cause__ is not None
+        raise stopped.__cause__  # out here, where its own causes stay as they are: out of memory may be among them
     return 0
 
 
@@ -157,6 +172,7 @@ def _prepare(options: argparse.Namespace, overrides: list[str]) -> list[str] | N
 
 def _choose_run_dir(job: DictConfig, overrides: list[str]) -> list[str] | None:
     """Return the overrides that put a single run into its folder, or None if it is already finished."""
+    schema.check_subspace(job)
     planned = Path(job.paths.output_dir)
     if any(text.startswith("hydra.run.dir=") for text in overrides):
         rundir.check_free(planned)
@@ -202,11 +218,16 @@ def task(cfg: DictConfig) -> float | None:
         from subspace_lab.run import run
 
         with rundir.locked(output_dir):
-            return run(cfg)
+            value = run(cfg)
+        if cfg.estimate and not in_sweep:
+            rundir.discard_unstarted(output_dir)
+        return value
     except Interrupted as stopped:
         interrupt.chain()
         raise Stop from stopped
     except Exception as error:
+        if isinstance(error, UserError) and not in_sweep and rundir.discard_unstarted(output_dir):
+            raise Stop from error
         _write_traceback(output_dir, error)
         if not in_sweep:
             raise Stop from error

@@ -44,7 +44,7 @@ def instantiate(node: DictConfig, **extra: Any) -> Any:
                 ) from error
         root = list(_causes(error))[-1]
         if isinstance(root, (ValueError, TypeError)):  # a library's own check of its arguments
-            raise UserError(f"{plain.get('_target_')}: {root}") from error
+            raise UserError(f"{node._get_full_key(None) or plain.get('_target_')}: {root}") from error
         raise
 
 

@@ -95,6 +95,8 @@ def render(error: BaseException, *, debug: bool) -> int:
                 "free some, or choose another with paths.output_root=",
                 code=2,
             )
+        if isinstance(link, OSError) and link.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return _say("error", f"{link.strerror}: {link.filename}", "it is not ours to read or write", code=2)
     text = " ".join(str(error).split()) or "no message"
     place = getattr(error, "log_path", None)
     hint = f"log: {place}; " if place else ""

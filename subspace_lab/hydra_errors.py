@@ -40,6 +40,16 @@ def explain(error: Exception, overrides: Sequence[str], compose: Compose) -> Use
     return _plain(error, chain, overrides, compose)
 
 
+def explain_null(error: ValueError, overrides: Sequence[str]) -> Exception:
+    """Turn the ValueError with which Hydra meets `GROUP=null` into a `UserError`; any other comes back as it is."""
+    words = [text.lstrip("+").split("=", 1)[0] for text in overrides if text.endswith(("=null", ",null"))]
+    group = next((word for word in words if word in catalog.groups()), None)
+    if group is None or "Config group override must be" not in str(error):
+        return error
+    names = ", ".join(catalog.options(group))
+    return UserError(f"{group}=null: a run needs one", hint=f"{group} is one of: {names}")
+
+
 def _syntax_error(error: OverrideParseException) -> UserError:
     text = error.override
     if "." in text and "=" not in text:
@@ -94,13 +104,16 @@ def _unknown(full_key: str, overrides: Sequence[str], compose: Compose) -> UserE
         parent = parent[part]
     if not isinstance(parent, DictConfig):
         return UserError(f"'{full_key}': {parent_name} is {parent}, it has no keys")
+    group, _, rest = full_key.partition(".")
+    having = [option for option in catalog.options(group) if rest in catalog.keys(group, option)]
     if "_target_" in parent:
         parameters, open_ended = schema_of(locate(parent["_target_"], parent_name))
         if key in parameters or open_ended:
             # The target takes it, the file just does not list it.
-            return UserError(f"'{full_key}' is not in the configuration, but can be added", hint=f"write +{full_key}=…")
-    group, _, rest = full_key.partition(".")
-    having = [option for option in catalog.options(group) if rest in catalog.keys(group, option)]
+            others = f", or choose {', '.join(f'{group}={option}' for option in having[:4])}" if having else ""
+            return UserError(
+                f"'{full_key}' is not in the configuration, but can be added", hint=f"write +{full_key}=…{others}"
+            )
     if having:
         only = " and ".join(f"{group}={option}" for option in having[:4])
         return UserError(f"unknown key '{full_key}'", hint=f"only {only} {'have' if len(having) > 1 else 'has'} it")

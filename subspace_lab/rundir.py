@@ -11,6 +11,7 @@ import datetime
 import fcntl
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,12 @@ from subspace_lab.errors import UserError
 HASH_FILE = "config_hash"
 RESULTS_FILE = "results.json"
 LOCK_FILE = ".lock"
+
+# What a run has written when its first step begins; the row file then holds no row.
+_BEFORE_TRAINING = frozenset(
+    {".hydra", LOCK_FILE, HASH_FILE, RESULTS_FILE, "config.yaml", "command.txt", "environment.json", "run.log"}
+)
+_ROWS_FILE = "metrics.csv"
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,28 @@ def unused(run_dir: Path, wanted: str) -> Path:
         number += 1
         candidate = run_dir.with_name(f"{run_dir.name}-{number}")
     return candidate
+
+
+def discard_unstarted(run_dir: Path) -> bool:
+    """Remove the folder of a run that ended before its first step; return whether it did.
+
+    A folder with anything else in it (a checkpoint, a row, somebody's own file) or with an earlier command stays.
+    """
+    if not _is_first_rank():
+        return False
+    try:
+        if {path.name for path in run_dir.iterdir()} - _BEFORE_TRAINING - {_ROWS_FILE}:
+            return False
+        for name in (_ROWS_FILE, "command.txt"):
+            file = run_dir / name
+            if file.is_file() and len(file.read_text(encoding="utf-8").splitlines()) > 1:
+                return False
+        shutil.rmtree(run_dir)
+        run_dir.parent.rmdir()  # the group's folder, and the one of all runs: only if they are empty now
+        run_dir.parent.parent.rmdir()
+    except OSError:
+        pass
+    return not run_dir.exists()
 
 
 def owner() -> str:

@@ -67,6 +67,7 @@ def validate(cfg: DictConfig) -> None:
     Raises:
         UserError: an unknown key, a value of the wrong type or that cannot be resolved, choices that do not fit.
     """
+    check_subspace(cfg)
     hints = get_type_hints(Root)
     for key in map(str, cfg):
         if key not in hints:
@@ -77,6 +78,20 @@ def validate(cfg: DictConfig) -> None:
         if isinstance(cfg[key], DictConfig):
             _check_node(cfg[key], key)
     _check_protocol(cfg)
+
+
+def check_subspace(cfg: DictConfig) -> None:
+    """Refuse a subspace beside a method that has none; its rank would be nobody's.
+
+    Raises:
+        UserError: see above.
+    """
+    method = cfg.get("method")
+    if isinstance(method, DictConfig) and cfg.get("subspace") is not None and "subspace" not in method:
+        name = method.get("name", "this one")
+        raise UserError(
+            f"method={name} does not work in a subspace", hint="choose method=galore, or leave out subspace="
+        )
 
 
 def unknown_key(full_key: str, key: str, options: Iterable[str], cfg: DictConfig | None) -> UserError:
@@ -190,6 +205,9 @@ def _check_root(cfg: DictConfig) -> None:
     absent = [name for name in ("name", "protocol", "method", "paths") if name not in cfg]
     if absent:
         raise UserError(f"the configuration has no '{absent[0]}'", hint=f"leave out ~{absent[0]}")
+    name = Path(str(cfg.name))
+    if not name.parts or name.is_absolute() or ".." in name.parts:
+        raise UserError(f"name={cfg.name}: expected a folder below paths.output_root ({cfg.paths.output_root})")
     if "seed" in cfg and cfg.seed < 0:
         raise UserError(f"seed={cfg.seed}: expected 0 or more")
     resume = cfg.get("resume")

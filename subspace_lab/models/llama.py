@@ -46,6 +46,11 @@ def build_llama(
             f"model.vocab_size={vocab} is smaller than the data's vocabulary of {data_vocab_size}",
             hint=f"model.vocab_size={data_vocab_size}, or model.vocab_size=null to follow the data",
         )
+    sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_heads": num_heads}
+    sizes |= {"num_layers": num_layers, "max_position_embeddings": max_position_embeddings}
+    for key, size in sizes.items():
+        if size < 1:
+            raise UserError(f"model.{key}={size}: expected at least 1")
     if hidden_size % num_heads:
         raise UserError(f"model.hidden_size={hidden_size} is not divisible by model.num_heads={num_heads}")
     from transformers import LlamaConfig, LlamaForCausalLM  # seconds of import: only for this model
@@ -67,5 +72,7 @@ def build_llama(
     )
     model = LlamaForCausalLM(config)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
+        # transformers 5.23 renamed it.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
     return model

@@ -28,23 +28,35 @@ def carry_over(inner: Optimizer, stack: Stack, members: Members, change: Tensor 
     if policy == "keep" or change is None:
         return
     where = list(range(stack.B))[members] if isinstance(members, slice) else members
-    if stack.stacked:
-        _treat(inner, stack.coords[0], members, change, policy, whole=len(where) == stack.B)
+    if policy == "reset":
+        _reset(inner, stack, where)
+    elif stack.stacked:
+        _rotate(inner, stack.coords[0], members, change)
     else:
         for row, i in enumerate(where):
-            _treat(inner, stack.coords[i], None, change[row], policy, whole=True)
+            _rotate(inner, stack.coords[i], None, change[row])
 
 
-def _treat(
-    inner: Optimizer, param: Tensor, members: Members | None, R: Tensor, policy: Moments, *, whole: bool
-) -> None:
+def _reset(inner: Optimizer, stack: Stack, where: list[int]) -> None:
+    if not stack.stacked:
+        for i in where:
+            inner.state.pop(stack.coords[i], None)
+        return
+    # Single members of a stack share its step counter: theirs goes on (late first bases; see `Stack.due`).
+    for value in inner.state.get(stack.coords[0], {}).values():
+        if isinstance(value, Tensor) and value.ndim:
+            value[where] = 0
+
+
+def forget(inner: Optimizer, stack: Stack) -> None:
+    """Start all moments of a stack again, step counters included."""
+    for param in stack.coords:
+        inner.state.pop(param, None)
+
+
+def _rotate(inner: Optimizer, param: Tensor, members: Members | None, R: Tensor) -> None:
     state = inner.state.get(param)
     if not state:
-        return
-    if policy == "reset":
-        if not whole:
-            raise ValueError("moments=reset of single matrices needs one step counter each")  # see optimizer
-        state.clear()
         return
     known = FIRST_MOMENTS + SECOND_MOMENTS
     strange = [k for k, v in state.items() if isinstance(v, Tensor) and v.ndim and k not in known]

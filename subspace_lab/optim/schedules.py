@@ -13,6 +13,8 @@ from subspace_lab.errors import UserError
 def _warmup_steps(warmup_steps: int | None, warmup_ratio: float, total_steps: int) -> int:
     if not 0 <= warmup_ratio < 1:
         raise UserError(f"scheduler.warmup_ratio must be in [0, 1), not {warmup_ratio}")
+    if warmup_steps is not None and warmup_steps < 0:
+        raise UserError(f"scheduler.warmup_steps must be 0 or more, not {warmup_steps}")
     return round(warmup_ratio * total_steps) if warmup_steps is None else warmup_steps
 
 

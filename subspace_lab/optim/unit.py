@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from subspace_lab.optim.meter import Meter
-from subspace_lab.optim.moments import Moments, carry_over
+from subspace_lab.optim.moments import Moments, carry_over, forget
 from subspace_lab.optim.stack import Stack
 from subspace_lab.optim.threads import in_parallel
 from subspace_lab.optim.traits import OptimizerFactory, couples_decay, reads_weight
@@ -145,6 +145,9 @@ class Unit:
         with self.meter.watch.running(s.device):
             done = in_parallel(refresh, chunks) if s.device.type == "cpu" else [refresh(c) for c in chunks]
         self.meter.refreshes += len(due)
+        if self.rules.moments == "reset" and len(due) == s.B:
+            forget(self.inner, s)
+            return
         for members, change in done:
             carry_over(self.inner, s, members, change, self.rules.moments)
 

@@ -63,6 +63,10 @@ class Fit:
         checkpoint = find_checkpoint(cfg.resume, run_dir)
         try:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        except RuntimeError as error:
+            if "Early stopping conditioned on metric" not in str(error):
+                raise
+            raise UserError(str(error).split(". Pass in", 1)[0], hint="monitor=val/loss or val/perplexity") from error
         except SystemExit:  # Lightning's way to end on a second Ctrl-C, with an exit code of its own
             raise KeyboardInterrupt from None
         if checkpointing.validated_at != trainer.global_step or not module.validation:
@@ -183,6 +187,14 @@ def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
     if not folder.is_dir() and resume != "auto":
         raise UserError(f"resume={resume}: no such run folder or checkpoint")
     found = files.newest_intact(folder, tell)
+    if found is None and resume != "auto" and (damaged := files.list_checkpoints(folder)):
+        raise UserError(
+            f"no checkpoint of {folder} can be read: all {len(damaged)} are damaged",
+            hint="give the first command again, without resume, to start anew in another folder",
+        )
+    if found is None and folder.resolve() != run_dir.resolve():
+        within = sorted({path.parent.parent for path in folder.glob(f"*/{files.FOLDER}/*.ckpt")})
+        raise UserError(f"no checkpoint in {folder}", hint=f"did you mean {within[-1]}?" if within else None)
     if found is None:
         tell(f"no usable checkpoint in {folder}: starting from step 0")
     else:

@@ -41,7 +41,7 @@ def draw_loss(runs: Sequence[tuple[str, Path]], target: Path, title: str) -> Pat
         return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -52,7 +52,9 @@ def draw_loss(runs: Sequence[tuple[str, Path]], target: Path, title: str) -> Pat
         perplexity.plot(*validation, color=colour, lw=1.8, marker="o", ms=4, label=label)
     loss.set(xlabel="step", ylabel="training loss (nats per token)")
     perplexity.set(xlabel="step", ylabel="validation perplexity", yscale="log")
-    perplexity.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    # Within a decade a logarithmic locator finds one or two places: take round numbers, as on a linear axis.
+    low, high = perplexity.get_ylim()
+    perplexity.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 20 * low else MaxNLocator(8))
     perplexity.yaxis.set_major_formatter(ScalarFormatter())
     perplexity.yaxis.set_minor_formatter(NullFormatter())
     for axes in (loss, perplexity):

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 _RANK_VARIABLES = ("RANK", "SLURM_PROCID")
@@ -83,8 +85,25 @@ def quiet_lightning() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("torch.utils._pytree").addFilter(_not_about_enums)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime": compiling on a CPU
     for pattern in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
+    if warnings.showwarning is not _show_warning:
+        global _show_others
+        _show_others = warnings.showwarning
+        warnings.showwarning = _show_warning
+
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_show_others: Any = None
+
+
+def _show_warning(message: Any, category: type[Warning], filename: str, *more: Any, **named: Any) -> None:
+    """Print a warning of our own as one plain line, without file and source line, and once per run."""
+    if not Path(filename).is_relative_to(_PACKAGE) or not issubclass(category, UserWarning):
+        _show_others(message, category, filename, *more, **named)
+    elif is_main_process():
+        print(f"note: {message}", file=sys.stderr)
 
 
 def _not_about_enums(record: logging.LogRecord) -> bool:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import netrc
 import os
+import socket
 import sys
+import urllib.parse
+import urllib.request
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,11 +40,20 @@ class WandbRunLogger(Logger):
 
         id_file = run_dir / _ID_FILE
         run_id = id_file.read_text().strip() if id_file.is_file() else uuid.uuid4().hex[:8]
+        if not os.environ.get("WANDB_MODE"):
+            os.environ.pop("WANDB_MODE", None)  # empty: wandb would refuse it
         mode: Any = os.environ.get("WANDB_MODE")
-        if mode is None and not _has_key():
+        server = os.environ.get("WANDB_BASE_URL") or str(wandb.Settings().base_url)
+        # Looked at before wandb.init, which would try for a minute and then keep nothing.
+        obstacle = None
+        if mode is None and not _has_key(server):
+            obstacle = "no API key"
+        elif mode in (None, "online") and not _reachable(server):
+            obstacle = f"{server} does not answer"
+        if obstacle is not None:
             mode = "offline"
             print(
-                f"wandb: no API key, logging offline; upload later with: wandb sync {run_dir}/wandb/offline-*",
+                f"wandb: {obstacle}, logging offline; upload later with: wandb sync {run_dir}/wandb/offline-*",
                 file=sys.stderr,
             )
         # `reinit`: a compared baseline in the same process is a run of its own. No console capture, no prompts.
@@ -91,11 +103,24 @@ class WandbRunLogger(Logger):
             print(f"wandb: {reason}; the run goes on without it", file=sys.stderr)
 
 
-def _has_key() -> bool:
+def _reachable(server: str) -> bool:
+    """Return whether something listens at the server's address, or a proxy stands in between."""
+    parts = urllib.parse.urlsplit(server)
+    if parts.scheme in urllib.request.getproxies():
+        return True
+    try:
+        port = parts.port or (80 if parts.scheme == "http" else 443)
+        socket.create_connection((parts.hostname or "", port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def _has_key(server: str) -> bool:
     """Return whether `wandb login` or WANDB_API_KEY has left a key, without asking the network or the user."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
+    host = urllib.parse.urlsplit(server).hostname or ""
     with contextlib.suppress(OSError, netrc.NetrcParseError):
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     return False

@@ -44,6 +44,10 @@ MISTAKES = {
     "hydra.run.dirr=x": "--cfg hydra",
     "hydra/launcher=submitt": "hydra/launcher",
     "~method": "no 'method'",
+    "data.files=x.txt": "data=text",
+    "logger=null": "logger is one of: both, csv, wandb",
+    "name=../elsewhere": "below paths.output_root",
+    "paths.output_root=/proc/nowhere": "paths.output_root=",
 }
 
 
@@ -64,6 +68,8 @@ def test_a_mistake_gets_one_line(command, tmp_path: Path, word: str) -> None:
         (["-m", "trainer=ddp", "trainer.devices=2", "seed=1,2"], "trainer.strategy=ddp_spawn"),
         (["-m", "method=none,galor"], "'galore'"),
         (["method=none", "method.rank=8"], "only method=galore"),
+        (["method=none", "subspace=random"], "does not work in a subspace"),
+        (["-m", "method=none,null"], "method=null: a run needs one"),
         (["list", "metods"], "'methods'"),
         (["completion", "basch"], "'bash'"),
         (["resume", "nowhere"], "no run folder"),
@@ -124,6 +130,43 @@ def test_a_wrapped_user_error_is_still_the_users(capsys: pytest.CaptureFixture[s
     except RuntimeError as outer:
         assert cli.render(outer, debug=False) == 2
     assert "rank=0" in capsys.readouterr().err
+
+
+def test_out_of_memory_inside_a_wrapped_error_is_recognised(command, fake_run) -> None:
+    def run(cfg: object) -> None:
+        try:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        except RuntimeError as error:
+            raise ValueError("Error in call to target") from error
+
+    fake_run(run)
+    answer = command()
+    assert answer.code == 2 and answer.err.startswith("error: out of memory")
+
+
+@pytest.mark.parametrize("kept", ["", "metrics.csv", "mine.txt", "checkpoints", "command.txt"])
+def test_a_mistake_found_late_takes_its_folder_away_unless_it_holds_something(command, fake_run, kept: str) -> None:
+    places = []
+
+    def run(cfg) -> None:
+        folder = Path(cfg.paths.output_dir)
+        places.append(folder)
+        (folder / "command.txt").write_text("subspace-lab\n")
+        (folder / "metrics.csv").write_text("step,train/loss\n")
+        if kept:
+            (folder / kept).write_text("two\nlines\n")
+        raise UserError("no such file")
+
+    fake_run(run)
+    assert command().code == 2
+    assert places[0].exists() == bool(kept)
+    assert places[0].parent.exists() == bool(kept)
+
+
+def test_a_choice_of_null_where_there_is_none_is_no_mistake(command, fake_run) -> None:
+    fake_run(lambda cfg: None)
+    answer = command("experiment=null", "debug=null", "subspace=null")
+    assert answer.code == 0, answer.err
 
 
 def test_a_bug_names_the_log(command, fake_run) -> None:

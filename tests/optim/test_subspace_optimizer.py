@@ -13,6 +13,7 @@ from torch.optim import SGD, Adafactor, Adam, AdamW, Optimizer
 
 from subspace_lab.optim import SubspaceOptimizer
 from subspace_lab.optim.compound import muon_with_adamw
+from subspace_lab.optim.stack import CHUNK_ENTRIES
 from subspace_lab.subspaces import SVD, Identity, Random, Randomized
 
 ADAMW = partial(AdamW, lr=1e-2, weight_decay=0.1, fused=True)
@@ -315,6 +316,30 @@ def test_rotation_with_an_unchanged_basis_does_nothing() -> None:
         return w.data
 
     torch.testing.assert_close(run("rotate"), run("keep"), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 16])
+@pytest.mark.parametrize("stagger", [False, True])
+def test_reset_starts_adam_again(chunk: int, stagger: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a fresh bias correction the first step in a new basis has Adam's full size lr, as at step 0."""
+    monkeypatch.setitem(CHUNK_ENTRIES, "cpu", chunk)
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.zeros(10, 6)) for _ in range(3)]
+    named = [(f"w{i}", w) for i, w in enumerate(weights)]
+    inner = partial(Adam, lr=1.0)
+    opt = SubspaceOptimizer(
+        [{"params": named, "subspace": SVD(2)}], inner, refresh_every=4, moments="reset", stagger=stagger
+    )
+    for t in range(9):
+        before = [w.detach().clone() for w in weights]
+        bases = [opt.directions(n)["basis"].clone() for n, _ in named]
+        for w in weights:
+            w.grad = torch.randn(10, 6) * (1 + t)
+        opt.step()
+        for (n, w), old, basis in zip(named, before, bases, strict=True):
+            if t and not torch.equal(basis, opt.directions(n)["basis"]):  # refreshed: every coordinate moved by lr
+                Z = (w.detach() - old) @ opt.directions(n)["basis"]
+                torch.testing.assert_close(Z.abs(), torch.ones_like(Z), atol=1e-3, rtol=0)
 
 
 def test_moments_that_cannot_rotate_are_refused() -> None:
