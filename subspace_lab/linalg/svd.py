@@ -176,14 +176,14 @@ def _half_step(A: Tensor, Y: Tensor, rayleigh_ritz: bool) -> Tensor:
     Columns that Y leaves open are taken from A itself, so that an iteration started in the wrong place still
     finds A's range.
     """
-    scaled, _ = normalize(Y)
+    scaled, scale = normalize(Y)
     if not rayleigh_ritz:
         return orthonormalize(scaled)
     _, W = _descending_eigh(matmul(scaled.mT, scaled))
     rotated = matmul(scaled, W)
     length = rotated.norm(dim=-2, keepdim=True)
     known = length > torch.finfo(Y.dtype).eps * length.amax(dim=-1, keepdim=True)
-    spread, _ = normalize(A[..., :: A.shape[-1] // Y.shape[-1]][..., : Y.shape[-1]])
+    spread = A[..., :: A.shape[-1] // Y.shape[-1]][..., : Y.shape[-1]] / torch.where(scale > 0, scale, 1.0)
     return torch.where(known, rotated / torch.where(known, length, torch.ones_like(length)), spread)
 
 

@@ -25,11 +25,13 @@ def carry_over(inner: Optimizer, stack: Stack, members: Members, change: Tensor 
     Raises:
         ValueError: the optimizer keeps moments in a form that cannot be rotated (factored, quantised).
     """
-    if policy == "keep" or change is None:
+    if policy == "keep" or stack.subspace.full_size:  # no basis, nothing that could have changed under them
         return
     where = list(range(stack.B))[members] if isinstance(members, slice) else members
     if policy == "reset":
         _reset(inner, stack, where)
+    elif change is None:
+        raise ValueError("moments=rotate needs the change of basis")
     elif stack.stacked:
         _rotate(inner, stack.coords[0], members, change)
     else:

@@ -46,6 +46,7 @@ class Stack:
         flat: bool,
         stacked: bool,
         offsets: dict[str, int],
+        tracks_change: bool,
         t: int = 0,
     ) -> None:
         self.flat, self.group, self.t = flat, group, t
@@ -67,6 +68,7 @@ class Stack:
         self.offsets = [offsets[k] for k in self.keys]
         self.device = self.params[0].device
         self.subspace = subspace.allocate(self.shape, names=self.keys, device=self.device, transposed=self.transposed)
+        self.subspace.tracks_change = tracks_change
         ready = self.subspace.ready()
         self.unsure = ready is not None and not ready.is_meta
         B, p, r = self.subspace.coordinates

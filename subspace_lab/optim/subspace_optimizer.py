@@ -132,6 +132,7 @@ class SubspaceOptimizer(Optimizer):
                         flat=group["flat"],
                         stacked=stacked,
                         offsets=offsets,
+                        tracks_change=self.rules.moments == "rotate",
                         t=key[-1],
                     )
                 )

@@ -145,7 +145,7 @@ class Unit:
         with self.meter.watch.running(s.device):
             done = in_parallel(refresh, chunks) if s.device.type == "cpu" else [refresh(c) for c in chunks]
         self.meter.refreshes += len(due)
-        if self.rules.moments == "reset" and len(due) == s.B:
+        if self.rules.moments == "reset" and len(due) == s.B and not s.subspace.full_size:
             forget(self.inner, s)
             return
         for members, change in done:

@@ -44,6 +44,8 @@ class Subspace(ABC):
     every_step: ClassVar[bool] = False
     #: refresh and lift want the current weights too
     needs_weight: ClassVar[bool] = False
+    #: whether `refresh` returns the change of basis, for those who carry moments over
+    tracks_change: bool = False
     #: leaving the subspace breaks a promise, so weight decay must stay inside as well
     protects: ClassVar[bool] = False
     #: coordinates are of the same shape as the gradient: there is no basis whose change could stale moments
@@ -101,7 +103,7 @@ class Subspace(ABC):
         A matrix whose A is zero or not finite keeps the directions it has.
 
         Returns:
-            The change of basis P_oldᵀ P_new (b, r, r) where coordinates have a basis, else None.
+            The change of basis P_oldᵀ P_new (b, r, r) if `tracks_change` and coordinates have a basis, else None.
         """
 
     @abstractmethod

@@ -87,7 +87,7 @@ class Span(Subspace):
         """A new basis (b, q, r) for gradients A (b, p, q), given the present basis P (b, q, r)."""
 
     @override
-    def refresh(self, A: Tensor, members: Members = ALL, weight: Tensor | None = None) -> Tensor:
+    def refresh(self, A: Tensor, members: Members = ALL, weight: Tensor | None = None) -> Tensor | None:
         P = self.basis[members]
         A = A.to(P.dtype)
         if self.within is not None:
@@ -102,7 +102,7 @@ class Span(Subspace):
         # A basis that LAPACK could not find is no better than a bad gradient.
         good = good & torch.isfinite(new).all(dim=(1, 2), keepdim=True)
         new = torch.where(good, new, P)
-        change = P.mT @ new
+        change = P.mT @ new if self.tracks_change else None
         self.basis[members] = new
         self.state["ready"][members] |= good.flatten()
         return change
@@ -253,11 +253,12 @@ class Random(Span):
         return self._draw(members)
 
     @override
-    def refresh(self, A: Tensor, members: Members = ALL, weight: Tensor | None = None) -> Tensor:
+    def refresh(self, A: Tensor, members: Members = ALL, weight: Tensor | None = None) -> Tensor | None:
         P = self.basis[members]
         new = self.choose(A, P, members)
+        change = P.mT @ new if self.tracks_change else None
         self.basis[members] = new
-        return P.mT @ new
+        return change
 
 
 class Identity(Subspace):
