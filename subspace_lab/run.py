@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,6 +138,9 @@ def _finish(
     console = Console()
     console.print(f"\n{title}")
     console.print(tables.comparison([(label, r["metrics"]) for label, _, r in runs]))
+    lost = sorted(name for name, value in found["metrics"].items() if value is None or not math.isfinite(value))
+    if lost:
+        console.print(f"note: not finite: {', '.join(lost)}; the run diverged, try a smaller optimizer.lr")
     entry = cfg.get("published")
     if entry:
         console.print(tables.beside_published(found["metrics"], published.lookup(entry)))

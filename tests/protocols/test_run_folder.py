@@ -120,3 +120,10 @@ def test_wandb_never_stops_a_run(
     told = capsys.readouterr().err
     assert "could not reach api.wandb.ai; the run goes on without it" in told
     assert results_of(tmp_path / "run")["status"] == "completed"
+
+
+def test_divergence_is_said(command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("compare=null", "optimizer.lr=1e30", "export=false") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "note: not finite:" in out and "val/loss" in out and "try a smaller optimizer.lr" in out
+    assert results_of(tmp_path / "run")["metrics"]["val/loss"] is None
