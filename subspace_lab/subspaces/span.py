@@ -129,8 +129,8 @@ class SVD(Span):
     Args:
         solver: ``svd`` (torch.linalg.svd) or ``gram`` (eigenvectors of the short side's Gram matrix: the same
             subspace up to fp32 rounding, several times faster).
-        native: decompose every matrix in its own orientation, as the released code does, not the stack's; the
-            subspace is the same but LAPACK may sign its vectors differently.
+        native_orientation: decompose every matrix in its own orientation, as the released code does, not the
+            stack's; the subspace is the same but LAPACK may sign its vectors differently.
     """
 
     def __init__(
