@@ -28,8 +28,9 @@ class Method:
     #: gradients are consumed during the backward pass
     per_layer: bool = False
 
-    def prepare(self, model: nn.Module) -> None:
-        """Swap heads or reparametrise weights, so that shapes are right before a checkpoint is read."""
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Return the model to train: with another head, or reparametrised; before a checkpoint is read."""
+        return model
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Parameter groups of (name, parameter) pairs with their ``kind``: "matrix" or "other"."""

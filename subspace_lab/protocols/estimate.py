@@ -96,12 +96,12 @@ def estimate(cfg: DictConfig, notes: list[str]) -> Memory:
     with _fake():
         with _default_dtype(torch.float32 if plan.precision == "32-true" else half):
             model = build.build_model(cfg, size)  # type: ignore[arg-type]
-            method.prepare(model)
+            model = method.prepare(model)
             activations = _saved_bytes(model, data.batch_size, data.block_size)
         if plan.precision.endswith("mixed"):
             # Mixed precision computes in 16 bits but keeps weights, gradients and state in 32.
             model = build.build_model(cfg, size)  # type: ignore[arg-type]
-            method.prepare(model)
+            model = method.prepare(model)
         parameters = list(model.parameters())
         sizes = [p.numel() * p.element_size() for p in parameters]
         return Memory(

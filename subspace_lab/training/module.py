@@ -71,7 +71,7 @@ class ExperimentModule(LightningModule):
         """Let the method change the model; runs before weights are restored, so shapes are right by then."""
         if self._prepared:  # Lightning calls this for every fit and every validate
             return
-        self.method.prepare(self.model)
+        self.model = self.method.prepare(self.model)
         if self.compile_model:
             self.model.compile()  # in place: the names in checkpoints stay the plain ones
         self._prepared = True

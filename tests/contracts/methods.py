@@ -56,8 +56,8 @@ class MethodContract:
         raise NotImplementedError
 
     def start(self) -> tuple[Method, nn.Module, Optimizer]:
-        method, model = self.build(), Tower()
-        method.prepare(model)
+        method = self.build()
+        model = method.prepare(Tower())
         return method, model, method.build_optimizer(model, partial(AdamW, lr=0.01, weight_decay=0.0))
 
     def test_every_parameter_is_in_one_group(self) -> None:
