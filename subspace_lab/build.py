@@ -5,6 +5,7 @@ Every group's node names a ``_target_`` whose signature is its schema; nothing e
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from subspace_lab.errors import UserError
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
     from subspace_lab.data.module import TextDataModule
+    from subspace_lab.data.supervised import SupervisedDataModule
     from subspace_lab.methods.base import Method
+
+    DataModule = TextDataModule | SupervisedDataModule
 
 # Extra entries of a node that are for people and other nodes, not for its target.
 NOT_ARGUMENTS = ("name", "recipe")
@@ -57,18 +61,32 @@ def _causes(error: BaseException) -> list[BaseException]:
     return chain
 
 
-def build_data(cfg: DictConfig) -> TextDataModule:
+def build_data(cfg: DictConfig) -> DataModule:
     """The data module of ``data``."""
-    data: TextDataModule = instantiate(cfg.data)
+    data: DataModule = instantiate(cfg.data)
     return data
 
 
-def build_model(cfg: DictConfig, data: TextDataModule | None = None) -> nn.Module:
-    """The model of ``model``; a model that takes its size from the data gets it from `data`."""
-    extra = {}
-    if data is not None and "data_vocab_size" in _parameters(cfg.model):
-        extra["data_vocab_size"] = data.vocab_size
-    model: nn.Module = instantiate(cfg.model, **extra)
+def build_model(cfg: DictConfig, data: DataModule) -> nn.Module:
+    """The model of ``model``; its ``data_…`` parameters get what `data` says of itself.
+
+    Raises:
+        UserError: the model needs to know something that this data does not have (images for a language model).
+    """
+    return build_model_for(cfg, data.model_arguments())
+
+
+def build_model_for(cfg: DictConfig, known: Mapping[str, Any]) -> nn.Module:
+    """The model of ``model`` for data of which `known` is what `model_arguments()` said."""
+    wanted = {name for name in _parameters(cfg.model) if name.startswith("data_")}
+    if not wanted <= known.keys():
+        kinds = {"data_vocab_size": "running text", "data_shape": "images", "data_tokens": "labelled sentences"}
+        kind = " and ".join(kinds[name] for name in sorted(wanted & kinds.keys() - known.keys()))
+        given = " and ".join(kinds[name] for name in sorted(known.keys() & kinds.keys()))
+        raise UserError(
+            f"this model is for {kind}, and the data are {given}", hint="see `subspace-lab list models` and `list data`"
+        )
+    model: nn.Module = instantiate(cfg.model, **{name: known[name] for name in wanted})
     return model
 
 

@@ -9,14 +9,23 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from subspace_lab.data.order import EpochOrder, validation_batch
-from subspace_lab.data.packing import IGNORE, Batch, Rows
+from subspace_lab.data.order import EpochOrder, Indices, validation_batch
+from subspace_lab.data.packing import IGNORE, Batch
+
+
+class Rows(Protocol):
+    """Random access to token rows or labelled examples."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Indices) -> Batch:
+        """Rows `indices` (b,) as tensors, `labels` among them."""
 
 
 class TrainBatches(Dataset[Batch]):
@@ -77,6 +86,9 @@ class TrainLoader:
         start = self._start()
         dataset = self._dataset(start)
         sampler = None if isinstance(dataset, IterableDataset) else itertools.count(start)
+        if sampler is not None and not self._num_workers and not torch.cuda.is_available():
+            # Nothing to pin and nobody to ask: a DataLoader would only cost its overhead, at every step.
+            yield from (self._receive(dataset[index]) for index in sampler)
         for item in make_loader(dataset, sampler, self._num_workers):
             yield self._receive(item)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningDataModule
+import torch
 
 from subspace_lab.data.cache import Limit, TokenStore, open_or_build
 from subspace_lab.data.corpora import Corpus, Dataset, Request, resolve
@@ -17,16 +16,17 @@ from subspace_lab.data.documents import hash_text
 from subspace_lab.data.loaders import TrainBatches, TrainLoader, ValidationBatches, ValidationLoader
 from subspace_lab.data.order import EpochOrder
 from subspace_lab.data.packing import Batch, PackedRows, Packing, PaddedRows, Rows
-from subspace_lab.data.position import TrainPosition
+from subspace_lab.data.positioned import PositionedDataModule
 from subspace_lab.data.streaming import StreamDataset, StreamSource, TextStream
 from subspace_lab.data.tokenization import Tokenizer
 from subspace_lab.data.tokenizer_loading import load_tokenizer
 from subspace_lab.errors import UserError
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from subspace_lab.training.tasks import Task
 
 
-class TextDataModule(LightningDataModule):
+class TextDataModule(PositionedDataModule):
     """Text as batches of token rows for a causal language model.
 
     Batches are `{"input_ids", "labels"}`, int64 (batch_size, block_size), in pad mode also `attention_mask`;
@@ -59,6 +59,8 @@ class TextDataModule(LightningDataModule):
         cache_dir: where tokens are kept; null is SUBSPACE_CACHE, else ~/.cache/subspace-lab.
     """
 
+    has_test = False
+
     def __init__(
         self,
         dataset: Dataset = "stdlib_text",
@@ -79,7 +81,7 @@ class TextDataModule(LightningDataModule):
         data_dir: str | None = None,
         cache_dir: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size)
         _at_least(2, block_size=block_size)
         _at_least(1, batch_size=batch_size, global_batch_size=global_batch_size, val_tokens=val_tokens)
         _at_least(1, shuffle_buffer=shuffle_buffer)
@@ -87,7 +89,7 @@ class TextDataModule(LightningDataModule):
         if not 0 < val_fraction < 1:
             raise UserError(f"data.val_fraction={val_fraction}: expected a number between 0 and 1")
         self.dataset, self.block_size = dataset, block_size
-        self.batch_size, self.global_batch_size = batch_size, global_batch_size
+        self.global_batch_size = global_batch_size
         self._packing: Packing = packing
         self._val_tokens, self._num_workers = val_tokens, num_workers
         self._shuffle_seed, self._shuffle_buffer = shuffle_seed, shuffle_buffer
@@ -98,12 +100,10 @@ class TextDataModule(LightningDataModule):
             dataset, files, val_files, text_key, val_fraction, streaming, self._data_dir, self._cache_dir
         )
         self._tokenizer_name = tokenizer
-        self._rank, self._world_size, self._seed = 0, 1, shuffle_seed or 0
+        self._seed = shuffle_seed or 0
         self._corpus: Corpus | None = None
         self._train_store: TokenStore | None = None
         self._val_store: TokenStore | None = None
-        self._position = TrainPosition(batch_size)
-        self._saved: dict[str, Any] | None = None
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -132,6 +132,26 @@ class TextDataModule(LightningDataModule):
         Bits per byte is the mean loss in nats per token, divided by ln 2 and by this.
         """
         return None if self._val_store is None else self._val_store.bytes_per_token(self._val_tokens)
+
+    @property
+    def train_rows(self) -> int | None:
+        """Rows of one pass over the training text; None while streaming. After `setup`."""
+        return None if self._train_store is None else len(self._rows(self._train_store))
+
+    def task(self) -> Task:
+        """What is to be learnt: the next token. After `setup`."""
+        from subspace_lab.training.tasks import LanguageModeling
+
+        return LanguageModeling(self.bytes_per_token)
+
+    def model_arguments(self) -> dict[str, Any]:
+        """`data_vocab_size`, one more than the largest token id."""
+        return {"data_vocab_size": self.vocab_size}
+
+    def blank_batch(self) -> tuple[Batch, str]:
+        """A batch of zeros in the shape of a training batch, and that shape in words."""
+        tokens = torch.zeros(self.batch_size, self.block_size, dtype=torch.int64)
+        return {"input_ids": tokens, "labels": tokens}, f"{self.batch_size} × {self.block_size} tokens"
 
     def configure(self, rank: int, world_size: int, seed: int) -> None:
         """Say which process this is; before `setup`."""
@@ -170,14 +190,9 @@ class TextDataModule(LightningDataModule):
         )
         self._start()
 
-    def _start(self) -> None:
-        """Stand at the first batch, or where `load_state_dict` said before there was data."""
+    def _streams(self) -> int:
         streamed = self._corpus is not None and isinstance(self._corpus.train, StreamSource)
-        streams = max(1, self._num_workers) if streamed else 0
-        self._position = TrainPosition(self.batch_size, streams, self._rank, self._world_size)
-        saved, self._saved = self._saved, None
-        if saved is not None:
-            self.load_state_dict(saved)
+        return max(1, self._num_workers) if streamed else 0
 
     def _rows(self, store: TokenStore, validation: bool = False) -> Rows:
         limit = self._val_tokens if validation else None
@@ -204,6 +219,13 @@ class TextDataModule(LightningDataModule):
         rows = self._rows(self._val_store, validation=True)
         return ValidationLoader(ValidationBatches(rows, self.batch_size, self._rank, self._world_size))
 
+    def train_eval_dataloader(self) -> ValidationLoader:
+        """All training rows of this process once, in order; a UserError for streamed text."""
+        if self._train_store is None:
+            raise UserError("protocol.train_accuracy=true needs text on the disk, not a stream")
+        rows = self._rows(self._train_store)
+        return ValidationLoader(ValidationBatches(rows, self.batch_size, self._rank, self._world_size))
+
     def _stream_from(self, start: int) -> StreamDataset:
         assert self._corpus is not None and isinstance(self._corpus.train, StreamSource)
         self._position.pending.clear()
@@ -227,29 +249,9 @@ class TextDataModule(LightningDataModule):
         self._position.pending.append(position)
         return batch
 
-    def batch_consumed(self) -> None:
-        """Count one training micro-batch as used: call once after each, in order."""
-        self._position.consume()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position of the next training batch, as plain numbers; after `setup`.
-
-        A streamed corpus has a position per process: with several processes all of them must call this
-            together.
-        """
-        return {**self._position.state_dict(), "fingerprint": self._fingerprint()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken; local data also with another batch size or process count."""
-        if self._corpus is None:
-            self._saved = state_dict
-            return
-        if state_dict["fingerprint"] != self._fingerprint():
-            log.warning(
-                "The training text, its order or its tokenizer differs from the checkpoint's: "
-                "continuing at the same position in what there is now."
-            )
-        self._position.load_state_dict(state_dict)
+    @property
+    def _is_open(self) -> bool:
+        return self._corpus is not None
 
     def _fingerprint(self) -> str:
         """Hash of what decides the sequence of training rows."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from torch import nn
 
+    from subspace_lab.build import DataModule
     from subspace_lab.methods.base import Method
     from subspace_lab.training.trainer import TrainerPlan
 
@@ -78,7 +79,7 @@ def print_estimate(runs: Sequence[tuple[str, DictConfig]]) -> None:
         )
     console = Console()
     console.print(f"memory per device: {first.parameters / 1e6:,.1f} M parameters, {cfg.trainer.precision}, ", end="")
-    console.print(f"micro-batches of {cfg.data.batch_size} × {cfg.data.block_size} tokens")
+    console.print(f"micro-batches of {build.build_data(cfg).blank_batch()[1]}")
     console.print(table)
     for line in dict.fromkeys(notes):
         console.print(line)
@@ -91,17 +92,15 @@ def estimate(cfg: DictConfig, notes: list[str]) -> Memory:
     plan: TrainerPlan = build.instantiate(cfg.trainer)
     method = build.build_method(cfg)
     data = build.build_data(cfg)
-    size = _Vocabulary(_vocabulary(cfg, data, notes))
+    known = {"data_vocab_size": _vocabulary(cfg, data, notes)} if "block_size" in cfg.data else data.model_arguments()
     half = torch.float16 if plan.precision == "16-mixed" else torch.bfloat16
     with _fake():
         with _default_dtype(torch.float32 if plan.precision == "32-true" else half):
-            model = build.build_model(cfg, size)  # type: ignore[arg-type]
-            model = method.prepare(model)
-            activations = _saved_bytes(model, data.batch_size, data.block_size)
+            model = method.prepare(build.build_model_for(cfg, known))
+            activations = _saved_bytes(model, data)
         if plan.precision.endswith("mixed"):
             # Mixed precision computes in 16 bits but keeps weights, gradients and state in 32.
-            model = build.build_model(cfg, size)  # type: ignore[arg-type]
-            model = method.prepare(model)
+            model = method.prepare(build.build_model_for(cfg, known))
         parameters = list(model.parameters())
         sizes = [p.numel() * p.element_size() for p in parameters]
         return Memory(
@@ -111,11 +110,6 @@ def estimate(cfg: DictConfig, notes: list[str]) -> Memory:
             activations=activations,
             parameters=sum(p.numel() for p in parameters),
         )
-
-
-@dataclass
-class _Vocabulary:
-    vocab_size: int
 
 
 def _vocabulary(cfg: DictConfig, data: Any, notes: list[str]) -> int:
@@ -151,7 +145,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _saved_bytes(model: nn.Module, batch_size: int, block_size: int) -> int:
+def _saved_bytes(model: nn.Module, data: DataModule) -> int:
     import torch
 
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
@@ -163,9 +157,9 @@ def _saved_bytes(model: nn.Module, batch_size: int, block_size: int) -> int:
             kept[storage._cdata] = storage
         return tensor
 
-    tokens = torch.zeros(batch_size, block_size, dtype=torch.long)
+    batch, _ = data.blank_batch()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(input_ids=tokens, labels=tokens).loss
+        loss = data.task().loss(model, batch)
     total = sum(int(storage.nbytes()) for storage in kept.values())
     del loss
     return total

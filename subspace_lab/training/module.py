@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from subspace_lab.training.tasks import Batch, Task, ValidationSums
+from subspace_lab.training.tasks import Batch, Sums, Task
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -30,17 +30,18 @@ class ExperimentModule(LightningModule):
     """Trains `model` on `task` with `method`.
 
     Args:
-        model: the network; with Hugging Face causal models called as model(input_ids=…, labels=…).
-        task: turns a batch into a loss and validation sums into figures.
+        model: the network, called as the task does.
+        task: turns a batch into a loss and sums over a data set into figures.
         method: what decides in which directions the parameters may move.
         make_optimizer: (method, model) -> optimizer; called after `method.prepare`, with the model on its device.
         make_scheduler: optimizer -> learning-rate scheduler stepped once per optimizer step.
-        bytes_per_token: of the validation text, for bits per byte; None if unknown.
         compile_model: run the model through torch.compile.
 
     Attributes:
         last_loss: the last micro-batch's mean loss (fp32 scalar on the device, detached).
         validation: the figures of the last finished validation pass; empty before the first.
+        part: what Lightning's test loop is looking at: test, or train after training.
+        evaluation: the figures of the finished test loops.
     """
 
     def __init__(
@@ -51,7 +52,6 @@ class ExperimentModule(LightningModule):
         make_optimizer: OptimizerFactory,
         make_scheduler: SchedulerFactory,
         *,
-        bytes_per_token: float | None = None,
         compile_model: bool = False,
     ) -> None:
         super().__init__()
@@ -60,12 +60,20 @@ class ExperimentModule(LightningModule):
         self.method = method
         self.make_optimizer = make_optimizer
         self.make_scheduler = make_scheduler
-        self.bytes_per_token = bytes_per_token
         self.compile_model = compile_model
         self.last_loss: Tensor | None = None
         self.validation: dict[str, float] = {}
-        self._sums = ValidationSums()
+        self.part = "test"
+        self.evaluation: dict[str, float] = {}
+        self._sums: Sums = task.sums(torch.device("cpu"))
         self._prepared = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; the hook's name, which Lightning notes dozens of times a step, without torch's ceremony."""
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def configure_model(self) -> None:
         """Let the method change the model; runs before weights are restored, so shapes are right by then."""
@@ -85,25 +93,39 @@ class ExperimentModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the micro-batch's mean loss."""
-        loss, _ = self.task.loss_and_count(self.model, batch)
+        loss = self.task.loss(self.model, batch)
         self.last_loss = loss.detach()
         return loss
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums anew."""
-        self._sums = ValidationSums(self.device)
+        self._sums = self.task.sums(self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add one batch to the sums; nothing leaves the device."""
-        loss, count = self.task.loss_and_count(self.model, batch)
-        self._sums.add(loss, count)
+        self._sums.add(*self.task.measure(self.model, batch))
 
     def on_validation_epoch_end(self) -> None:
         """Reduce the sums over the processes and publish the figures (also as `trainer.callback_metrics`)."""
-        local = self._sums.local()
-        if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(local)
-        self.validation = self.task.summary(local, self.bytes_per_token)
+        self.validation = self.task.figures(self._total(), "val")
         for name, value in self.validation.items():
             # float64: in 32-bit mode Lightning's logging would round the figure that early stopping and sweeps look at.
             self.log(name, torch.tensor(value, dtype=torch.float64), logger=False, rank_zero_only=True)
+
+    def on_test_epoch_start(self) -> None:
+        """Start the sums anew."""
+        self._sums = self.task.sums(self.device)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add one batch to the sums; nothing leaves the device."""
+        self._sums.add(*self.task.measure(self.model, batch))
+
+    def on_test_epoch_end(self) -> None:
+        """Reduce the sums over the processes and keep the figures."""
+        self.evaluation |= self.task.figures(self._total(), self.part)
+
+    def _total(self) -> Tensor:
+        local = self._sums.local()
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(local)
+        return local

@@ -1,13 +1,13 @@
-"""What a batch means: the loss to minimise and the sums that make an exact validation figure.
+"""What a batch means: the loss to minimise and the sums that make an exact figure over a data set.
 
-A task turns a batch into numbers; the training module does everything else. Language modelling is the first one.
+A task turns a batch into numbers; the training module does everything else.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,24 +15,49 @@ from torch import Tensor, nn
 Batch = Mapping[str, Tensor]
 
 
+class Sums(Protocol):
+    """Running sums of one pass over a data set, on the device and without a host sync per batch."""
+
+    def add(self, *args: Any, **kwargs: Any) -> None:
+        """Add what `Task.measure` found in one batch."""
+        ...
+
+    def local(self) -> Tensor:
+        """Return this process's sums (float64), to be added over processes."""
+        ...
+
+
 class Task(Protocol):
     """A loss and its exact average over a data set."""
 
-    def loss_and_count(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the batch's mean loss (fp32 scalar) and over how many targets it is the mean (int64 scalar)."""
+    #: what `size` counts: tokens, examples
+    unit: ClassVar[str]
+    #: the validation figure to show while training, and what to call it
+    headline: ClassVar[tuple[str, str]]
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the batch's mean loss (fp32 scalar)."""
+        ...
+
+    def measure(self, model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
+        """Return what `Sums.add` takes."""
         ...
 
     def size(self, batch: Batch) -> int:
-        """Return the batch's size in the unit of throughput (tokens), without touching the device."""
+        """Return the batch's size in units, without touching the device."""
         ...
 
-    def summary(self, total: Tensor, bytes_per_token: float | None) -> dict[str, float]:
-        """Return the validation figures by name from `ValidationSums.local()` summed over all ranks."""
+    def sums(self, device: torch.device) -> Sums:
+        """Return sums of nothing."""
+        ...
+
+    def figures(self, total: Tensor, part: str) -> dict[str, float]:
+        """Return the figures of a part (val, test, train) by name from `Sums.local()` added over all processes."""
         ...
 
 
 class ValidationSums:
-    """Running sums of one validation pass, in float64 on the device and without a host sync per batch.
+    """Running sums of one pass of language modelling.
 
     The tensor `values` (float64, 4) holds: the summed loss over targets, the number of targets, the sum of the batches'
     mean losses divided by (number of batches + 1), and the number of processes; the last two are what the GaLore
@@ -70,7 +95,24 @@ class LanguageModeling:
     """Next-token prediction with a Hugging Face causal language model.
 
     The labels are not shifted (the model shifts them): the loss is over labels[:, 1:], -100 is no target.
+
+    Args:
+        bytes_per_token: UTF-8 bytes of text per token of the validation set; None leaves bits per byte out.
     """
+
+    unit: ClassVar[str] = "tokens"
+    headline: ClassVar[tuple[str, str]] = ("val/perplexity", "val ppl")
+
+    def __init__(self, bytes_per_token: float | None = None) -> None:
+        self.bytes_per_token = bytes_per_token
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the mean cross-entropy in nats over the batch's targets, fp32."""
+        return self.loss_and_count(model, batch)[0]
+
+    def measure(self, model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
+        """Return `loss_and_count`."""
+        return self.loss_and_count(model, batch)
 
     def loss_and_count(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the mean cross-entropy in nats over the batch's targets, fp32, and their number.
@@ -86,6 +128,17 @@ class LanguageModeling:
     def size(self, batch: Batch) -> int:
         """Return the number of tokens, padding included."""
         return batch["input_ids"].numel()
+
+    def sums(self, device: torch.device) -> ValidationSums:
+        """Return sums of nothing."""
+        return ValidationSums(device)
+
+    def figures(self, total: Tensor, part: str) -> dict[str, float]:
+        """Return `summary` under the names of a part; bits per byte and the script's figure are validation's alone."""
+        found = self.summary(total, self.bytes_per_token)
+        if part == "val":
+            return found
+        return {f"{part}/{name}": found[f"val/{name}"] for name in ("loss", "perplexity")}
 
     def summary(self, total: Tensor, bytes_per_token: float | None) -> dict[str, float]:
         """Return val/loss, val/perplexity, val/bits_per_byte and val/perplexity_galore_script.
@@ -107,6 +160,69 @@ class LanguageModeling:
         if bytes_per_token:
             figures["val/bits_per_byte"] = exact / math.log(2) / bytes_per_token
         return figures
+
+
+class ClassificationSums:
+    """Summed loss, correct answers and examples (float64, 3): counts are exact, in whatever batches they came."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.values = torch.zeros(3, dtype=torch.float64, device=device)
+
+    def add(self, sums: Tensor) -> None:
+        """Add the three sums of one batch (float64, (3,))."""
+        self.values += sums
+
+    def local(self) -> Tensor:
+        """Return the three sums."""
+        return self.values
+
+
+class Classification:
+    """One label out of several for each example: images, or sentences with a Hugging Face classifier.
+
+    The model is called as model(batch["inputs"]) and returns logits (b, classes), or, where the batch has no "inputs",
+    with all of the batch but the labels, and returns an object with `.logits`. A label of -100 is no example.
+    """
+
+    unit: ClassVar[str] = "examples"
+    headline: ClassVar[tuple[str, str]] = ("val/accuracy", "val acc")
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the mean cross-entropy in nats over the batch, fp32."""
+        return nn.functional.cross_entropy(logits_of(model, batch).float(), batch["labels"])
+
+    def measure(self, model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
+        """Return the sums over the batch of cross-entropy (nats), correct answers and examples (float64, (3,))."""
+        logits, labels = logits_of(model, batch).float(), batch["labels"]
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")  # 0 where the label is -100
+        correct = logits.argmax(-1) == labels
+        return (torch.stack([losses.double(), correct.double(), (labels != -100).double()]).sum(1),)
+
+    def size(self, batch: Batch) -> int:
+        """Return the number of examples."""
+        return len(batch["labels"])
+
+    def sums(self, device: torch.device) -> ClassificationSums:
+        """Return sums of nothing."""
+        return ClassificationSums(device)
+
+    def figures(self, total: Tensor, part: str) -> dict[str, float]:
+        """Return <part>/loss (nats per example) and <part>/accuracy (a fraction)."""
+        loss, correct, examples = total.tolist()
+        return {
+            f"{part}/loss": loss / examples if examples else math.nan,
+            f"{part}/accuracy": correct / examples if examples else math.nan,
+        }
+
+
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """Return a classifier's logits (b, classes) for a batch."""
+    if "inputs" in batch:
+        found: Any = model(batch["inputs"])
+    else:
+        found = model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
+    logits: Tensor = found if isinstance(found, Tensor) else found.logits
+    return logits
 
 
 def _exp(value: float) -> float:

@@ -6,6 +6,7 @@ exists.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class TrainerPlan:
         strategy: auto is one process, or ddp for several; fsdp only without a subspace method.
         precision: 32-true, bf16-true (weights, gradients and moments in bf16: GaLore's setting), bf16-mixed, 16-mixed.
         max_steps: optimizer steps.
+        max_epochs: passes over the training data instead; when set, max_steps follows from it (rounded up).
         val_every: optimizer steps between validations; one always follows the last step.
         val_batches: batches of a validation per process; null is all of them.
         checkpoint_every: optimizer steps between checkpoints; one always follows the last step. 0 keeps none.
@@ -56,6 +58,7 @@ class TrainerPlan:
     strategy: Strategy = "auto"
     precision: Precision = "32-true"
     max_steps: int = 1000
+    max_epochs: int | None = None
     val_every: int = 100
     val_batches: int | None = None
     checkpoint_every: int = 500
@@ -70,7 +73,7 @@ class TrainerPlan:
     def __post_init__(self) -> None:
         for name in ("num_nodes", "max_steps", "val_every", "keep_checkpoints", "log_every"):
             _at_least_one(name, getattr(self, name))
-        for name in ("val_batches", "accumulate_grad_batches"):
+        for name in ("val_batches", "accumulate_grad_batches", "max_epochs"):
             if getattr(self, name) is not None:
                 _at_least_one(name, getattr(self, name))
         if self.devices != "auto":
@@ -153,6 +156,26 @@ class TrainerPlan:
             )
         return global_batch_size // rows
 
+    def settle_length(self, train_rows: int | None, batch_size: int, accumulation: int) -> None:
+        """Let `max_epochs`, if set, decide `max_steps`.
+
+        Args:
+            train_rows: rows or examples of one pass over the training data; None if nobody knows (streamed text).
+            batch_size: of them per process and micro-batch.
+            accumulation: micro-batches per step.
+
+        Raises:
+            UserError: the length of a pass is not known.
+        """
+        if self.max_epochs is None:
+            return
+        if train_rows is None:
+            raise UserError(
+                f"trainer.max_epochs={self.max_epochs}, but streamed text has no known length",
+                hint="set trainer.max_steps and leave trainer.max_epochs=null",
+            )
+        self.max_steps = -(-self.max_epochs * train_rows // (batch_size * self.world_size * accumulation))
+
     def check_method(self, method: Method, accumulation: int) -> None:
         """Refuse, in one line, what this method cannot do together with these settings.
 
@@ -198,9 +221,16 @@ class TrainerPlan:
             run_dir: the run folder.
         """
         environment.quiet_lightning()
+        import torch
         from lightning.pytorch import Trainer
 
+        if not torch.cuda.is_available():
+            # Lightning has torch look for NVIDIA's driver library in a way that opens files, and torch's optimizers ask
+            # at every step.
+            os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
+
         from subspace_lab.training.checkpoint import AtomicCheckpointIO
+        from subspace_lab.training.profiler import NoProfiler
 
         plugins: list[Any] = [AtomicCheckpointIO(self.keep_checkpoints)]
         slurm = environment.slurm_plugin()
@@ -224,6 +254,7 @@ class TrainerPlan:
             logger=list(loggers),
             callbacks=list(callbacks),
             plugins=plugins,
+            profiler=NoProfiler(),
             default_root_dir=str(run_dir),
             # Ours: checkpoints, progress and metrics know about optimizer steps and exact resumption.
             enable_checkpointing=False,

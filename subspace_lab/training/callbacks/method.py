@@ -62,11 +62,12 @@ class MethodDriver(Callback):
             torch.distributed.all_reduce(loss)
             loss = loss / trainer.world_size
         self.last_loss = loss.item()
+        unit = pl_module.task.unit
         row = {
             "train/loss": self.last_loss,
             "train/lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
-            "train/tokens": float(self.timing.tokens),
-            "train/tokens_per_second": self.timing.tokens_per_second,
+            f"train/{unit}": float(self.timing.units),
+            f"train/{unit}_per_second": self.timing.units_per_second,
         }
         measured = {f"subspace/{name}": float(value) for name, value in pl_module.method.metrics().items()}
         if "subspace/refreshes" in measured:  # the optimizer counts its own life, the rows count the run's

@@ -19,7 +19,7 @@ _SECONDS = 30.0  # and the longest silence of a longer one
 
 
 class ProgressDisplay(Callback):
-    """Shows step, loss, validation perplexity, tokens per second and the time left, on stderr of the first process.
+    """Shows step, loss, the task's validation figure, throughput and the time left, on stderr of the first process.
 
     Args:
         driver: where the last logged loss and the clock are.
@@ -101,9 +101,11 @@ class ProgressDisplay(Callback):
         parts = []
         if self.driver.last_loss is not None:
             parts.append(f"loss {self.driver.last_loss:.3f}")
-        if "val/perplexity" in pl_module.validation:
-            parts.append(f"val ppl {pl_module.validation['val/perplexity']:.2f}")
-        parts.append(f"{timing.tokens_per_second:,.0f} tokens/s")
+        metric, name = pl_module.task.headline
+        if metric in pl_module.validation:
+            digits = 3 if metric.endswith("accuracy") else 2
+            parts.append(f"{name} {pl_module.validation[metric]:.{digits}f}")
+        parts.append(f"{timing.units_per_second:,.0f} {pl_module.task.unit}/s")
         seconds, steps = timing.seconds - self._begun[0], trainer.global_step - self._begun[1]
         if steps:
             parts.append(f"{clock(seconds / steps * (trainer.max_steps - trainer.global_step))} left")

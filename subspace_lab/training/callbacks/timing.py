@@ -16,21 +16,22 @@ from subspace_lab.training.module import ExperimentModule
 class Timing(Callback):
     """Keeps the clock of a run, across resumes.
 
-    `seconds` is training time (batches, steps, waiting for data); validation and checkpoints stop the clock. Tokens per
-    second leave out the first step of each process, where caches, kernels and compilation warm up.
+    `seconds` is training time (batches, steps, waiting for data); validation and checkpoints stop the clock. Units
+    (the task's: tokens, examples) per second leave out the first step of each process, where caches, kernels and
+    compilation warm up.
 
     Attributes:
         seconds: training time of all steps, over all processes' lives of this run.
-        tokens: tokens consumed by all steps and all ranks.
+        units: tokens or examples consumed by all steps and all ranks.
         validation_seconds: time spent in validation.
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self.tokens = 0
+        self.units = 0
         self.validation_seconds = 0.0
         self._warm_seconds = 0.0
-        self._warm_tokens = 0
+        self._warm_units = 0
         self._mark = 0.0
         self._validation_mark = 0.0
         self._batches_here = 0
@@ -49,12 +50,12 @@ class Timing(Callback):
         assert isinstance(pl_module, ExperimentModule)
         now = time.perf_counter()
         elapsed, self._mark = now - self._mark, now
-        tokens = pl_module.task.size(batch) * trainer.world_size
+        units = pl_module.task.size(batch) * trainer.world_size
         self.seconds += elapsed
-        self.tokens += tokens
+        self.units += units
         if self._batches_here >= trainer.accumulate_grad_batches:
             self._warm_seconds += elapsed
-            self._warm_tokens += tokens
+            self._warm_units += units
         self._batches_here += 1
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -76,11 +77,11 @@ class Timing(Callback):
         self._mark = time.perf_counter()
 
     @property
-    def tokens_per_second(self) -> float:
+    def units_per_second(self) -> float:
         """Training throughput over all ranks; of all steps if there was only a first one."""
         if self._warm_seconds > 0:
-            return self._warm_tokens / self._warm_seconds
-        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+            return self._warm_units / self._warm_seconds
+        return self.units / self.seconds if self.seconds > 0 else 0.0
 
     def _catch_up(self, trainer: Trainer) -> None:
         if trainer.strategy.root_device.type == "cuda":
@@ -96,16 +97,16 @@ class Timing(Callback):
         """Return the clock."""
         return {
             "seconds": self.seconds,
-            "tokens": self.tokens,
+            "units": self.units,
             "validation_seconds": self.validation_seconds,
-            "warm": [self._warm_seconds, self._warm_tokens],
+            "warm": [self._warm_seconds, self._warm_units],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting from a checkpoint."""
-        self.seconds, self.tokens = float(state_dict["seconds"]), int(state_dict["tokens"])
+        self.seconds, self.units = float(state_dict["seconds"]), int(state_dict["units"])
         self.validation_seconds = float(state_dict["validation_seconds"])
-        self._warm_seconds, self._warm_tokens = state_dict["warm"]
+        self._warm_seconds, self._warm_units = state_dict["warm"]
 
 
 def peak_memory_bytes(device: torch.device) -> int:

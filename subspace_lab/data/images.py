@@ -1,0 +1,196 @@
+"""`ImageDataModule`: small image sets, whole in memory, as batches of normalised float32."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from subspace_lab.data.image_sources import CLASSES, SHAPES, WHITE, Dataset, load
+from subspace_lab.data.loaders import TrainBatches
+from subspace_lab.data.order import EpochOrder
+from subspace_lab.data.packing import Batch
+from subspace_lab.data.splits import Indices, fixed_integers, fixed_order
+from subspace_lab.data.supervised import Parts, SupervisedDataModule
+from subspace_lab.errors import UserError
+from subspace_lab.linalg.random import derive_key, random_bits
+
+Augment = Literal["none", "crop_flip"]
+_PAD = 4  # pixels around an image that a crop may reach into
+
+
+class ImageDataModule(SupervisedDataModule):
+    """Images for a classifier.
+
+    Batches are `{"inputs": float32 (b, channels, height, width), "labels": int64 (b,)}`. Splits, shuffled pixels and
+    shuffled labels are the same in every run; the order of training (and what is augmented) follows the run's seed.
+
+    Args:
+        dataset: which images; see `image_sources`.
+        batch_size: images per process and step.
+        val_size: images held out of the training set to choose models by; 0 as in `SupervisedDataModule`.
+        mean: of each channel (or of all), in units of the largest pixel value: subtracted.
+        std: likewise: divided by.
+        train_fraction: share of the remaining training set to train on, in (0, 1]; smaller shares lie in larger ones.
+        shuffle_pixels: put the pixels of all images into one other, fixed order.
+        shuffle_labels: train on labels drawn uniformly at random, once (Zhang et al. 2017); held-out and test images
+            keep their own.
+        augment: crop_flip: train on random crops of the image padded by 4 pixels, mirrored half of the time.
+        data_dir: where data lies; null is SUBSPACE_DATA, else ./data.
+        cache_dir: where decoded images are kept; null is SUBSPACE_CACHE, else ~/.cache/subspace-lab.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset = "digits",
+        batch_size: int = 128,
+        val_size: int = 144,
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
+        train_fraction: float = 1.0,
+        shuffle_pixels: bool = False,
+        shuffle_labels: bool = False,
+        augment: Augment = "none",
+        data_dir: str | None = None,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__(dataset, batch_size, val_size, train_fraction, data_dir, cache_dir)
+        if dataset not in SHAPES:
+            raise UserError(f"data.dataset={dataset}: no such image set", hint=f"one of {', '.join(SHAPES)}")
+        self.shape = SHAPES[dataset]
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) not in (1, self.shape[0]) or (name == "std" and min(values) <= 0):
+                positive = "positive numbers" if name == "std" else "numbers"
+                raise UserError(f"data.{name}={list(values)}: expected 1 or {self.shape[0]} {positive}")
+        # Two roundings in a fixed order: the same floats on every machine.
+        white = WHITE.get(dataset, 255)
+        m, s = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+        self._scale, self._shift = (v.float()[:, None, None] for v in (1 / (white * s), -m / s))
+        self._shuffle_pixels, self._shuffle_labels, self._augment = shuffle_pixels, shuffle_labels, augment
+
+    def model_arguments(self) -> dict[str, Any]:
+        """`data_shape` (channels, height, width) and `data_classes`."""
+        return {"data_shape": self.shape, "data_classes": CLASSES}
+
+    def blank_batch(self) -> tuple[Batch, str]:
+        """A batch of zeros, and its shape in words."""
+        labels = torch.zeros(self.batch_size, dtype=torch.int64)
+        text = f"{self.batch_size} images of {'×'.join(map(str, self.shape))}"
+        return {"inputs": torch.zeros(self.batch_size, *self.shape), "labels": labels}, text
+
+    def _load(self) -> Parts:
+        found = load(self.dataset, self._data_dir, self._cache_dir)
+        train, test = found.train_images, found.test_images
+        if self._shuffle_pixels:
+            _, height, width = self.shape
+            order = torch.from_numpy(fixed_order(height * width, "pixels"))
+            train, test = (images.flatten(2)[:, :, order].view_as(images) for images in (train, test))
+        labels = found.train_labels
+        shuffled = torch.from_numpy(fixed_integers(len(labels), CLASSES, "labels")) if self._shuffle_labels else labels
+        rows, held_out = self._divide(labels.numpy())
+
+        def part(images: Tensor, labels: Tensor, rows: Indices, name: str) -> ImageExamples:
+            content = repr([found.identity, name, self._shuffle_pixels, self._scale.tolist(), self._shift.tolist()])
+            return ImageExamples(images, labels, torch.from_numpy(rows), self._scale, self._shift, content)
+
+        return Parts(
+            part(train, shuffled, rows, "train"),
+            part(train, labels, held_out, "train"),
+            part(test, found.test_labels, np.arange(len(test)), "test"),
+        )
+
+    def _train_batches(self, order: EpochOrder) -> TrainBatches:
+        if self._augment == "none":
+            return super()._train_batches(order)
+        train = self.parts.train
+        assert isinstance(train, ImageExamples)
+        return CropFlipBatches(train, order, self.batch_size, self._rank, self._world_size)
+
+    def describe(self) -> dict[str, Any]:
+        """What results.json records about the data; after `setup`."""
+        return super().describe() | {
+            "shape": list(self.shape),
+            "classes": CLASSES,
+            "shuffle_pixels": self._shuffle_pixels,
+            "shuffle_labels": self._shuffle_labels,
+            "augment": self._augment,
+        }
+
+
+class ImageExamples:
+    """Some rows of an image set.
+
+    Args:
+        images: uint8 (n, channels, height, width).
+        labels: int64 (n,).
+        rows: int64 (m,), which of them belong here.
+        scale: float32 (channels, 1, 1); a pixel p becomes p·scale + shift.
+        shift: likewise.
+        content: names what `images` are.
+    """
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, rows: Tensor, scale: Tensor, shift: Tensor, content: str
+    ) -> None:
+        self.images, self.labels, self.rows = images, labels, rows
+        self._scale, self._shift, self._content = scale, shift, content
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: Indices) -> Batch:
+        """Examples `indices`: `inputs` float32 (b, channels, height, width) and `labels` int64 (b,)."""
+        rows = self.rows[torch.from_numpy(indices)]
+        return {"inputs": self.normalise(self.images[rows]), "labels": self.labels[rows]}
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 (b, channels, height, width) to float32."""
+        return pixels.float().mul_(self._scale).add_(self._shift)
+
+    def identity(self) -> str:
+        """Hash of images, labels and their normalisation."""
+        digest = hashlib.blake2b(self._content.encode(), digest_size=16)
+        for tensor in (self.rows, self.labels[self.rows]):
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
+
+
+class CropFlipBatches(TrainBatches):
+    """Training batches of shifted and mirrored images.
+
+    How element p of the training sequence is moved is a function of (seed, p): as the order itself, it depends neither
+    on the number of processes nor on where a run was resumed.
+    """
+
+    def __init__(self, examples: ImageExamples, order: EpochOrder, batch_size: int, rank: int, world_size: int) -> None:
+        super().__init__(examples, order, batch_size, rank, world_size)
+        self._examples, self._key = examples, derive_key("crop_flip/1", order.seed)
+
+    def __getitem__(self, index: int) -> Batch:
+        rows = self._order.batch(index, self._batch_size, self._rank, self._world_size)
+        first = (index * self._world_size + self._rank) * self._batch_size
+        moves = random_bits(self._key, first, self._batch_size)
+        chosen = self._examples.rows[torch.from_numpy(rows)]
+        images = crop_flip(self._examples.images[chosen], moves)
+        return {"inputs": self._examples.normalise(images), "labels": self._examples.labels[chosen]}
+
+
+def crop_flip(images: Tensor, moves: Tensor) -> Tensor:
+    """Move images by up to 4 pixels over a black ground and mirror every other one.
+
+    Args:
+        images: uint8 (b, channels, height, width).
+        moves: int64 (b,) random words; three disjoint groups of bits give the two shifts and the mirroring.
+    """
+    count, channels, height, width = images.shape
+    padded = torch.nn.functional.pad(images, (_PAD,) * 4)
+    down, right = (((moves >> shift) & 0xFFF) % (2 * _PAD + 1) for shift in (0, 12))
+    y = down[:, None] + torch.arange(height)
+    x = torch.arange(width).expand(count, -1)
+    x = right[:, None] + torch.where((moves[:, None] >> 24) & 1 == 1, width - 1 - x, x)
+    batch = torch.arange(count)[:, None, None, None]
+    return padded[batch, torch.arange(channels)[None, :, None, None], y[:, None, :, None], x[:, None, None, :]]

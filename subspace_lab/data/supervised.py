@@ -1,0 +1,206 @@
+"""`SupervisedDataModule`: what labelled examples in memory, images or sentences, have in common.
+
+Order, position, sharding and resumption are those of the text modules: batch k of process r is a pure function of the
+seed (`order`), and a checkpoint holds the number of batches consumed (`position`).
+"""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from subspace_lab.data.documents import hash_text
+from subspace_lab.data.loaders import TrainBatches, TrainLoader, ValidationBatches, ValidationLoader
+from subspace_lab.data.order import EpochOrder
+from subspace_lab.data.packing import Batch
+from subspace_lab.data.positioned import PositionedDataModule
+from subspace_lab.data.splits import fixed_order, stratified
+from subspace_lab.errors import UserError
+
+if TYPE_CHECKING:
+    from subspace_lab.training.tasks import Task
+
+Indices = npt.NDArray[np.int64]
+
+
+class Examples(Protocol):
+    """Random access to one part of a labelled data set."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Indices) -> Batch:
+        """Examples `indices` (b,) as tensors, "labels" int64 (b,) among them."""
+
+    def identity(self) -> str:
+        """Hash of the content: equal if and only if all examples are."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is trained on, what models are chosen by, and what is reported."""
+
+    train: Examples
+    validation: Examples
+    test: Examples
+
+
+class SupervisedDataModule(PositionedDataModule):
+    """Labelled examples for a classifier: train, held-out validation and test part.
+
+    Args:
+        dataset: its name, for messages and results.
+        batch_size: examples per process and step.
+        val_size: examples held out of the training set, each class in proportion, to choose models by.
+            0 trains on the whole set; validation then is its last tenth, which is trained on: a curve, no evidence.
+        train_fraction: share of the remaining training set to train on, in (0, 1]; smaller shares lie in larger ones.
+        data_dir: where data lies; null is SUBSPACE_DATA, else ./data.
+        cache_dir: where prepared data is kept; null is SUBSPACE_CACHE, else ~/.cache/subspace-lab.
+    """
+
+    has_test = True
+
+    def __init__(
+        self,
+        dataset: str,
+        batch_size: int,
+        val_size: int,
+        train_fraction: float,
+        data_dir: str | None,
+        cache_dir: str | None,
+    ) -> None:
+        super().__init__(batch_size)
+        if batch_size < 1:
+            raise UserError(f"data.batch_size={batch_size}: expected at least 1")
+        if val_size < 0:
+            raise UserError(f"data.val_size={val_size}: expected 0 or more")
+        if not 0 < train_fraction <= 1:
+            raise UserError(f"data.train_fraction={train_fraction}: expected a number above 0, at most 1")
+        self.dataset = dataset
+        self._val_size, self._train_fraction = val_size, train_fraction
+        self._data_dir = Path(data_dir or os.environ.get("SUBSPACE_DATA") or "data").expanduser()
+        cache = cache_dir or os.environ.get("SUBSPACE_CACHE") or "~/.cache/subspace-lab"
+        self._cache_dir = Path(cache).expanduser()
+        self._seed = 0
+        self._parts: Parts | None = None
+
+    @abstractmethod
+    def _load(self) -> Parts:
+        """Read the data set and divide it."""
+
+    @abstractmethod
+    def model_arguments(self) -> dict[str, Any]:
+        """What a model may want to know of the data before it is built (`data_…` parameters); no data is read."""
+
+    @abstractmethod
+    def blank_batch(self) -> tuple[Batch, str]:
+        """A batch of zeros in the shape of a training batch, and that shape in words; no data is read."""
+
+    def _train_batches(self, order: EpochOrder) -> TrainBatches:
+        """Item k is training batch k of this process."""
+        return TrainBatches(self.parts.train, order, self.batch_size, self._rank, self._world_size)
+
+    @property
+    def parts(self) -> Parts:
+        """The three parts; after `setup`."""
+        if self._parts is None:
+            raise RuntimeError("setup() comes first")
+        return self._parts
+
+    @property
+    def train_rows(self) -> int:
+        """Examples of one pass over the training part; after `setup`."""
+        return len(self.parts.train)
+
+    def task(self) -> Task:
+        """What is to be learnt."""
+        from subspace_lab.training.tasks import Classification
+
+        return Classification()
+
+    def configure(self, rank: int, world_size: int, seed: int) -> None:
+        """Say which process this is and what orders the training examples; before `setup`."""
+        self._rank, self._world_size, self._seed = rank, world_size, seed
+        if self._parts is not None:
+            self._start()
+
+    def prepare_data(self) -> None:
+        """Find the data, downloading what is absent; several processes may call this at once."""
+        self._open()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Have the data in memory."""
+        self._open()
+
+    def _open(self) -> None:
+        if self._parts is not None:
+            return
+        self._parts = self._load()
+        if self.batch_size > self.train_rows:
+            raise UserError(
+                f"data.batch_size={self.batch_size}: {self.dataset} has only {self.train_rows} training examples",
+                hint=f"data.batch_size={min(32, self.train_rows)}, or a smaller data.val_size",
+            )
+        self._start()
+
+    def _divide(self, labels: Indices) -> tuple[Indices, Indices]:
+        """Rows of the training set to train on and to validate on, each ascending."""
+        n = len(labels)
+        if self._val_size >= n:
+            raise UserError(
+                f"data.val_size={self._val_size} leaves nothing to train on: {self.dataset} has {n} training examples",
+                hint=f"data.val_size={n // 10}",
+            )
+        held_out = stratified(labels, self._val_size, f"{self.dataset}/validation")
+        rest = np.flatnonzero(~held_out)
+        keep = max(1, round(self._train_fraction * len(rest)))
+        train = np.sort(rest[fixed_order(len(rest), f"{self.dataset}/fraction")[:keep]])
+        return train, np.flatnonzero(held_out) if self._val_size else np.arange(n - max(1, n // 10), n)
+
+    def train_dataloader(self) -> TrainLoader:
+        """Endless batches from the current position on."""
+        batches = self._train_batches(EpochOrder(self.train_rows, self._seed))
+        return TrainLoader(lambda: self._position.consumed, lambda _: batches, _as_is, num_workers=0)
+
+    def val_dataloader(self) -> ValidationLoader:
+        """All validation examples of this process, in order; the last batch may be short."""
+        return self._in_order(self.parts.validation)
+
+    def test_dataloader(self) -> ValidationLoader:
+        """All test examples of this process, in order."""
+        return self._in_order(self.parts.test)
+
+    def train_eval_dataloader(self) -> ValidationLoader:
+        """All training examples of this process once, in order, as they are (nothing augmented)."""
+        return self._in_order(self.parts.train)
+
+    def _in_order(self, part: Examples) -> ValidationLoader:
+        # Without gradients a batch takes a fraction of the memory.
+        return ValidationLoader(ValidationBatches(part, 4 * self.batch_size, self._rank, self._world_size))
+
+    @property
+    def _is_open(self) -> bool:
+        return self._parts is not None
+
+    def _fingerprint(self) -> str:
+        """Hash of what decides the sequence of training examples."""
+        return hash_text(repr([self.parts.train.identity(), self._seed]))
+
+    def describe(self) -> dict[str, Any]:
+        """What results.json records about the data; after `setup`."""
+        parts = {"train": self.parts.train, "validation": self.parts.validation, "test": self.parts.test}
+        return {
+            "dataset": self.dataset,
+            **{name: {"examples": len(part), "hash": part.identity()} for name, part in parts.items()},
+            "held_out": self._val_size > 0,
+            "train_fraction": self._train_fraction,
+        }
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch
