@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from subspace_lab.optim.traits import OptimizerFactory
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a run's model was made, so that it can be made again.
+
+    Attributes:
+        seed: with which the generators were seeded just before the model was built.
+        node: the model group's resolved configuration, plain containers.
+        arguments: what the data added to it (`data_shape`, …).
+    """
+
+    seed: int
+    node: Mapping[str, Any]
+    arguments: Mapping[str, Any]
+
 
 Named = list[tuple[str, nn.Parameter]]
 _MATRIX_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -53,6 +71,9 @@ class Method:
     def export(self, model: nn.Module) -> dict[str, Tensor]:
         """Plain weights that the rest of the world can load."""
         return model.state_dict()
+
+    def save(self, model: nn.Module, folder: Path, origin: Origin) -> None:
+        """Write what the method keeps of a finished run beside the exported weights."""
 
     def metrics(self) -> dict[str, Tensor | float]:
         """Figures to log under ``subspace/``; device scalars are fine."""

@@ -11,7 +11,9 @@ from omegaconf import OmegaConf
 
 from subspace_lab import build
 from subspace_lab.errors import UserError
+from subspace_lab.methods.base import Origin
 from subspace_lab.protocols.outcome import Outcome
+from subspace_lab.schema import to_plain
 from subspace_lab.training import environment
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from subspace_lab.data.module import TextDataModule
+    from subspace_lab.build import DataModule
     from subspace_lab.methods.base import Method
     from subspace_lab.training.callbacks.checkpointing import Checkpointing
     from subspace_lab.training.callbacks.method import MethodDriver
@@ -31,7 +33,14 @@ EXPORT_FOLDER = "export"
 
 
 class Fit:
-    """Trains one model with one method on one data set."""
+    """Trains one model with one method on one data set.
+
+    Args:
+        train_accuracy: measure the trained model on its whole training set too (train/accuracy and train/loss).
+    """
+
+    def __init__(self, train_accuracy: bool = False) -> None:
+        self.train_accuracy = train_accuracy
 
     def run(self, cfg: DictConfig, run_dir: Path, *, label: str, resume_dir: Path) -> Outcome:
         """Train, or continue from a checkpoint where `cfg.resume` asks for it, and return the figures.
@@ -56,6 +65,7 @@ class Fit:
         data.configure(plan.rank, plan.world_size, cfg.seed)
         data.prepare_data()
         data.setup("fit")
+        plan.settle_length(data.train_rows, data.batch_size, accumulation)
 
         module, trainer, driver, checkpointing = self._assemble(
             cfg, plan, method, data, accumulation, run_dir, label, resume_dir
@@ -71,18 +81,32 @@ class Fit:
             raise KeyboardInterrupt from None
         if checkpointing.validated_at != trainer.global_step or not module.validation:
             trainer.validate(module, datamodule=data, verbose=False)
+        self._evaluate(trainer, module, data)
         for logger in trainer.loggers:
             logger.finalize("success")
         if cfg.export and trainer.is_global_zero:
             export(module.model, method, run_dir / EXPORT_FOLDER)
+        if trainer.is_global_zero:
+            method.save(module.model, run_dir, Origin(cfg.seed, to_plain(cfg.model), data.model_arguments()))
         return self._outcome(trainer, module, driver, data, time.perf_counter() - began)
+
+    def _evaluate(self, trainer: Trainer, module: ExperimentModule, data: DataModule) -> None:
+        """Measure the trained model on the test part, and on the training part if that was asked for."""
+        if self.train_accuracy:
+            module.part = "train"
+            trainer.test(module, dataloaders=data.train_eval_dataloader(), verbose=False)
+        if data.has_test:
+            module.part = "test"
+            trainer.test(module, dataloaders=data.test_dataloader(), verbose=False)
+        for logger in trainer.loggers if module.evaluation and trainer.is_global_zero else ():
+            logger.log_metrics(module.evaluation, step=trainer.global_step)
 
     def _assemble(
         self,
         cfg: DictConfig,
         plan: TrainerPlan,
         method: Method,
-        data: TextDataModule,
+        data: DataModule,
         accumulation: int,
         run_dir: Path,
         label: str,
@@ -96,17 +120,15 @@ class Fit:
         from subspace_lab.training.callbacks.state import RunState
         from subspace_lab.training.callbacks.timing import Timing
         from subspace_lab.training.module import ExperimentModule
-        from subspace_lab.training.tasks import LanguageModeling
 
         rng.seed(cfg.seed)
         model = build.build_model(cfg, data)
         module = ExperimentModule(
             model,
-            LanguageModeling(),
+            data.task(),
             method,
             lambda method, model: build.build_optimizer(cfg, method, model),
             lambda optimizer: build.build_scheduler(cfg, optimizer, plan.max_steps),
-            bytes_per_token=data.bytes_per_token,
             compile_model=plan.compile,
         )
         timing = Timing()
@@ -130,26 +152,27 @@ class Fit:
     ) -> Outcome:
         from subspace_lab.training.callbacks.timing import peak_memory_bytes
 
-        timing, optimizer = driver.timing, trainer.optimizers[0]
+        timing, optimizer, unit = driver.timing, trainer.optimizers[0], module.task.unit
         parameters = list(module.model.parameters())
         metrics = {
             **module.validation,
-            "train/tokens_per_second": timing.tokens_per_second,
+            f"train/{unit}_per_second": timing.units_per_second,
             "optimizer/state_bytes": float(state_bytes(optimizer)),
             "model/parameters": float(sum(p.numel() for p in parameters)),
             **driver.figures(optimizer),
         }
         if driver.last_loss is not None:
             metrics["train/loss"] = driver.last_loss
+        metrics |= module.evaluation  # the loss on all of the training set, where that was asked for
         return Outcome(
             metrics=metrics,
             timing={
                 "steps": trainer.global_step,
-                "tokens": timing.tokens,
+                unit: timing.units,
                 "train_seconds": timing.seconds,
                 "validation_seconds": timing.validation_seconds,
                 "wall_seconds": wall_seconds,
-                "tokens_per_second": timing.tokens_per_second,
+                f"{unit}_per_second": timing.units_per_second,
             },
             memory={
                 "peak_bytes": peak_memory_bytes(trainer.strategy.root_device),

@@ -65,7 +65,7 @@ class MethodContract:
         named = [n for g in method.param_groups(model) for n, _ in g["params"]]
         assert sorted(named) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
         held = [id(p) for g in optimizer.param_groups for p in g["params"]]
-        assert sorted(held) == sorted(id(p) for p in model.parameters())
+        assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
     def test_learns(self) -> None:
         method, model, optimizer = self.start()

@@ -14,6 +14,7 @@ from subspace_lab.build import instantiate
 from subspace_lab.methods.base import Method
 from subspace_lab.methods.full import Full
 from subspace_lab.methods.galore import GaLore
+from subspace_lab.methods.intrinsic import IntrinsicDimension
 from subspace_lab.subspaces import SVD, Identity, Random, Randomized
 
 GROUP = Path(__file__).parents[2] / "conf" / "optimizer"
@@ -60,6 +61,8 @@ def methods() -> dict[str, Method]:
         "galore randomized": GaLore(Randomized(8), refresh_every=3),
         "galore random": GaLore(Random(8), refresh_every=3),
         "galore identity": GaLore(Identity(), refresh_every=3, scale=1.0),
+        "intrinsic dimension": IntrinsicDimension(d=200, lr=0.01),
+        "intrinsic dimension said": IntrinsicDimension(d=200, lr=0.01, variant="said"),
     }
 
 
@@ -70,8 +73,9 @@ def test_learns_and_resumes(name: str, method: str) -> None:
     factory = instantiate(node)
 
     def build() -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = Tiny()
-        return model, methods()[method].build_optimizer(model, factory)
+        chosen = methods()[method]
+        model = chosen.prepare(Tiny())
+        return model, chosen.build_optimizer(model, factory)
 
     model, optimizer = build()
     losses = train(model, optimizer, 4)
