@@ -133,6 +133,10 @@ def _finish(
     RunRecord(run_dir, {}, writes=True).rewrite(
         found | {"compared_with": [str(f.name) for _, f, _ in runs[1:]]}, "completed"
     )
+    if "search" in found:
+        _show_search(cfg, run_dir, found["search"])
+        print(run_dir)
+        return
     title = f"{cfg.name}, seed {cfg.seed}, {found['timing'].get('steps', 0)} steps"
     plots.draw_loss([(label, folder) for label, folder, _ in runs], run_dir / "plots" / "loss.png", title)
     console = Console()
@@ -145,6 +149,24 @@ def _finish(
     if entry:
         console.print(tables.beside_published(found["metrics"], published.lookup(entry)))
     print(run_dir)
+
+
+def _show_search(cfg: DictConfig, run_dir: Path, search: dict[str, Any]) -> None:
+    """Draw the curve of a dimension search and print its points and its dimensions, beside published ones."""
+    from rich.console import Console
+
+    from subspace_lab.reporting import dimension_plot, dimension_tables, published
+
+    seeds = search["seeds"]
+    title = f"{cfg.name}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''} from {seeds[0]}"
+    dimension_plot.draw(search, run_dir / "plots" / "accuracy_vs_d.png", title)
+    console = Console()
+    console.print(f"\n{title}, D = {search['D']:,} weights")
+    console.print(dimension_tables.points(search))
+    entry = cfg.get("published")
+    console.print(dimension_tables.definitions(search, published.lookup(entry) if entry else None))
+    for note in dimension_tables.notes(search):
+        console.print(f"note: {note}", highlight=False)
 
 
 def compare_name(cfg: DictConfig) -> str | None:

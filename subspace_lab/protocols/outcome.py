@@ -16,6 +16,7 @@ class Outcome:
         memory: bytes.
         data: what was trained on.
         objective: the metric a sweep minimises.
+        sections: further entries of results.json, for what is no flat figure.
     """
 
     metrics: dict[str, float]
@@ -23,3 +24,4 @@ class Outcome:
     memory: dict[str, float] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     objective: str = "val/loss"
+    sections: dict[str, Any] = field(default_factory=dict)

@@ -1,10 +1,11 @@
-"""loss.png: training loss and validation perplexity per step, for a method and what it is compared with."""
+"""loss.png: training loss and validation perplexity or accuracy per step, for a method and what it is compared with."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from subspace_lab.reporting.results import CURVES_FILE
 
@@ -25,7 +26,9 @@ def read_curve(run_dir: Path, name: str) -> Curve:
 
 
 def draw_loss(runs: Sequence[tuple[str, Path]], target: Path, title: str) -> Path | None:
-    """Draw training loss (left) and validation perplexity (right, logarithmic) of some runs into one PNG.
+    """Draw training loss (left) and validation figure (right) of some runs into one PNG.
+
+    The figure is perplexity on a logarithmic axis or, where no run has one, accuracy on a linear one.
 
     Args:
         runs: (label, run folder); runs without metrics.csv are left out.
@@ -35,29 +38,33 @@ def draw_loss(runs: Sequence[tuple[str, Path]], target: Path, title: str) -> Pat
     Returns:
         The file, or None if no run has anything to draw.
     """
-    curves = [(label, read_curve(run, "train/loss"), read_curve(run, "val/perplexity")) for label, run in runs]
-    curves = [curve for curve in curves if curve[1][0] or curve[2][0]]
+    perplexities = [read_curve(run, "val/perplexity") for _, run in runs]
+    accuracies = [read_curve(run, "val/accuracy") for _, run in runs]
+    is_accuracy = not any(steps for steps, _ in perplexities) and any(steps for steps, _ in accuracies)
+    figures = accuracies if is_accuracy else perplexities
+    curves = [
+        (label, train, points)
+        for (label, run), points in zip(runs, figures, strict=True)
+        if (train := read_curve(run, "train/loss"))[0] or points[0]
+    ]
     if not curves:
         return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    loss, perplexity = figure.subplots(1, 2)
+    loss, right = figure.subplots(1, 2)
     for (label, train, validation), colour in zip(curves, _COLOURS * len(curves), strict=False):
         loss.plot(*train, color=colour, lw=0.8, alpha=0.25)
         loss.plot(train[0], smooth(train[1]), color=colour, lw=1.8, label=label)
-        perplexity.plot(*validation, color=colour, lw=1.8, marker="o", ms=4, label=label)
-    loss.set(xlabel="step", ylabel="training loss (nats per token)")
-    perplexity.set(xlabel="step", ylabel="validation perplexity", yscale="log")
-    # Within a decade a logarithmic locator finds one or two places: take round numbers, as on a linear axis.
-    low, high = perplexity.get_ylim()
-    perplexity.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 20 * low else MaxNLocator(8))
-    perplexity.yaxis.set_major_formatter(ScalarFormatter())
-    perplexity.yaxis.set_minor_formatter(NullFormatter())
-    for axes in (loss, perplexity):
+        right.plot(*validation, color=colour, lw=1.8, marker="o", ms=4, label=label)
+    loss.set(xlabel="step", ylabel=f"training loss (nats per {'example' if is_accuracy else 'token'})")
+    if is_accuracy:
+        right.set(xlabel="step", ylabel="validation accuracy")
+    else:
+        _perplexity_axis(right)
+    for axes in (loss, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
@@ -65,6 +72,17 @@ def draw_loss(runs: Sequence[tuple[str, Path]], target: Path, title: str) -> Pat
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=150)
     return target
+
+
+def _perplexity_axis(axes: Any) -> None:
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+
+    axes.set(xlabel="step", ylabel="validation perplexity", yscale="log")
+    # Within a decade a logarithmic locator finds one or two places: take round numbers, as on a linear axis.
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 20 * low else MaxNLocator(8))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def smooth(values: Sequence[float]) -> list[float]:

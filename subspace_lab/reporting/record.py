@@ -54,7 +54,7 @@ class RunRecord:
         found: results.Results = {"status": status, **self.about, "curves": results.CURVES_FILE}
         if outcome is not None:
             found |= {"trained": True, "objective": outcome.objective, "metrics": outcome.metrics}
-            found |= {"timing": outcome.timing, "memory": outcome.memory, "data": outcome.data}
+            found |= {"timing": outcome.timing, "memory": outcome.memory, "data": outcome.data, **outcome.sections}
         else:
             found |= {"trained": False, "metrics": {}, "timing": {}, "memory": {}, "data": {}}
         return self.rewrite(found | more, status)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from subspace_lab.errors import UserError
-from subspace_lab.reporting import results, tables
+from subspace_lab.reporting import dimension_tables, results, tables
 
 
 def main(paths: Sequence[str | Path]) -> int:
-    """Print the table of all runs at or below `paths` (default: outputs) and return the exit code.
+    """Print the tables of all runs and dimension searches at or below `paths` (default: outputs); return the exit code.
 
     Raises:
         UserError: a path does not exist, or there are no results below any.
@@ -27,5 +27,10 @@ def main(paths: Sequence[str | Path]) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
-    console.print(tables.summary(runs))
+    searches = [(folder, found) for folder, found in runs if found.get("search")]
+    others = [(folder, found) for folder, found in runs if not found.get("search")]
+    if others:
+        console.print(tables.summary(others))
+    if searches:
+        console.print(dimension_tables.summary(searches))
     return 0

@@ -21,7 +21,10 @@ ROWS: tuple[tuple[str, str, Kind], ...] = (
     ("val/perplexity", "validation perplexity", "figure"),
     ("val/bits_per_byte", "bits per byte", "figure"),
     ("val/accuracy", "validation accuracy", "figure"),
+    ("test/accuracy", "test accuracy", "figure"),
+    ("train/accuracy", "training accuracy", "figure"),
     ("train/tokens_per_second", "tokens/s", "count"),
+    ("train/examples_per_second", "examples/s", "count"),
     ("optimizer/state_bytes", "optimizer state", "bytes"),
     ("subspace/refresh_share", "share of time in refreshes", "share"),
     ("subspace/captured_energy", "captured gradient energy", "share"),
@@ -152,6 +155,12 @@ def beside_published(metrics: Mapping[str, Any], published: Mapping[str, Any]) -
         table.add_column(column, justify=side)  # type: ignore[arg-type]
     for name, theirs in published["metrics"].items():
         ours = metrics.get(name)
-        difference = f"{100 * (float(ours) / theirs - 1):+.1f} %" if isinstance(ours, (int, float)) else "—"
-        table.add_row(name, write_number(theirs, "figure"), write_number(ours, "figure"), difference)
+        low, high = theirs if isinstance(theirs, (list, tuple)) else (theirs, theirs)
+        kind = "count" if name.startswith("d_int") else "figure"
+        printed = write_number(low, kind) + (f" – {write_number(high, kind)}" if high != low else "")
+        difference = "—"
+        if isinstance(ours, (int, float)):
+            nearest = min(max(float(ours), low), high)  # inside a range there is no difference
+            difference = f"{100 * (float(ours) / nearest - 1):+.1f} %"
+        table.add_row(name, printed, write_number(ours, kind), difference)
     return table
