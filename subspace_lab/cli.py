@@ -31,6 +31,8 @@ Commands
   list [GROUP]              what there is to choose, with the papers (groups: {groups})
   resume RUN_DIR [KEY=VALUE …]   continue a run; or give the first command again with resume=auto
   report DIR …              compare finished runs
+  rebuild FILE [--output DIR]    make the whole model again from a solution.safetensors, a .sid file or a run folder
+  compress RUN_DIR [--bits 3,4,5] [--finetune EPOCHS]   code a subspace run in a few hundred bytes, with an error bound
   doctor                    check torch, CUDA, data, SLURM, W&B, and say how to mend what is broken
   completion bash|zsh|fish  print the completion script:  source <(subspace-lab completion bash)
 
@@ -135,6 +137,18 @@ def _report(words: list[str]) -> int:
     return report(words)
 
 
+def _rebuild(words: list[str]) -> int:
+    from subspace_lab.compression.commands import rebuild
+
+    return rebuild(words)
+
+
+def _compress(words: list[str]) -> int:
+    from subspace_lab.compression.commands import compress
+
+    return compress(words)
+
+
 def _doctor(words: list[str]) -> int:
     if words:
         raise UserError(f"doctor takes no argument, got '{words[0]}'")
@@ -183,6 +197,8 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "doctor": _doctor,
     "resume": _resume,
     "report": _report,
+    "rebuild": _rebuild,
+    "compress": _compress,
     "completion": _completion,
     "__complete": _complete,
 }

@@ -5,8 +5,12 @@ from __future__ import annotations
 from subspace_lab import catalog
 from subspace_lab.errors import UserError, did_you_mean
 
-COMMANDS = ("list", "doctor", "resume", "report", "completion")
+COMMANDS = ("list", "doctor", "resume", "report", "rebuild", "compress", "completion")
 FLAGS = ("--help", "--version", "--debug", "--multirun", "--cfg", "--resolve", "--config-dir", "--hydra-help")
+COMMAND_FLAGS = {
+    "rebuild": ("--output", "--device", "--theta0"),
+    "compress": ("--levels", "--bits", "--finetune", "--choices", "--delta", "--device"),
+}
 VALUES = {"resume": ("auto", "null"), "estimate": ("true", "false"), "export": ("true", "false")}
 
 # The shells split words differently (bash at "="): each script hands over the words as typed, to complete the last.
@@ -73,6 +77,10 @@ def candidates(words: list[str]) -> list[str]:
         found = [*catalog.groups(), *catalog.PLURALS]
     elif before[:1] == ["completion"]:
         found = list(_SCRIPTS)
+    elif before and before[0] in COMMAND_FLAGS:
+        found = [
+            *(COMMAND_FLAGS[before[0]] if word.startswith("-") else ())
+        ]  # files and numbers: the shell's, the user's
     elif before[:1] in (["report"], ["doctor"]) or before == ["resume"]:
         found = []  # folders: the shell's own business
     elif "=" in word:
