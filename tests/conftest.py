@@ -20,6 +20,14 @@ for _name in [name for name in os.environ if name.startswith(("SLURM_", "SUBSPAC
     del os.environ[_name]
 
 
+@pytest.fixture(autouse=True)
+def _no_traceback_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that runs in the test's process tells its child processes its mode: not the next test's."""
+    for name in ("SUBSPACE_DEBUG", "HYDRA_FULL_ERROR"):
+        monkeypatch.setenv(name, "0")  # so that what the command sets is undone
+        monkeypatch.delenv(name)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("cuda")]
     if not marked:

@@ -31,9 +31,6 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["subspace-lab"])
-    for name in ("SUBSPACE_DEBUG", "HYDRA_FULL_ERROR"):
-        monkeypatch.setenv(name, "0")  # so that what the command sets is undone
-        monkeypatch.delenv(name)
     root = logging.getLogger()
     before = root.handlers[:], root.level
     handlers = {number: signal.getsignal(number) for number in interrupt.WATCHED}

@@ -18,7 +18,12 @@ from subspace_lab.protocols.outcome import Outcome
 pytest.importorskip("gymnasium")
 
 DQN = ["protocol=dqn", "data=cartpole", "model=policy_fc", "trainer.max_steps=240", "trainer.val_every=60"]
-DQN += ["protocol.learner.warmup=80", "protocol.learner.memory=200", "protocol.learner.target_every=50"]
+DQN += [
+    "protocol.learner.batch_size=64",
+    "protocol.learner.warmup=80",
+    "protocol.learner.memory=200",
+    "protocol.learner.target_every=50",
+]
 EVOLUTION = ["protocol=evolution", "data=cartpole", "model=policy_fc", "trainer.max_steps=6", "trainer.val_every=2"]
 EVOLUTION += ["protocol.learner.population=6", "data.max_episode_steps=30", "data.best_return=null"]
 COMMON = ["method=none", "trainer=cpu", "trainer.log_every=1", "trainer.checkpoint_every=0", "trainer.progress=off"]
