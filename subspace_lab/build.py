@@ -80,7 +80,12 @@ def build_model_for(cfg: DictConfig, known: Mapping[str, Any]) -> nn.Module:
     """The model of ``model`` for data of which `known` is what `model_arguments()` said."""
     wanted = {name for name in _parameters(cfg.model) if name.startswith("data_")}
     if not wanted <= known.keys():
-        kinds = {"data_vocab_size": "running text", "data_shape": "images", "data_tokens": "labelled sentences"}
+        kinds = {
+            "data_vocab_size": "running text",
+            "data_shape": "images",
+            "data_tokens": "labelled sentences",
+            "data_observation": "an environment",
+        }
         kind = " and ".join(kinds[name] for name in sorted(wanted & kinds.keys() - known.keys()))
         given = " and ".join(kinds[name] for name in sorted(known.keys() & kinds.keys()))
         raise UserError(

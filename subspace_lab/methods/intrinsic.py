@@ -180,7 +180,7 @@ class IntrinsicDimension(Method):
         model = self._model
         m = 0 if model.lambdas is None else model.lambdas.numel()
         return {
-            "subspace/d": float(model.z.numel() + m),
-            "subspace/D": float(model.layout.D),
-            "subspace/z_norm": model.z.detach().norm(),
+            "d": float(model.z.numel() + m),
+            "D": float(model.layout.D),
+            "z_norm": model.z.detach().norm(),
         }

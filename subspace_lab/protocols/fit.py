@@ -160,6 +160,7 @@ class Fit:
             "optimizer/state_bytes": float(state_bytes(optimizer)),
             "model/parameters": float(sum(p.numel() for p in parameters)),
             **driver.figures(optimizer),
+            **{f"subspace/{k}": float(v) for k, v in module.method.metrics().items() if k in ("d", "D")},
         }
         if driver.last_loss is not None:
             metrics["train/loss"] = driver.last_loss

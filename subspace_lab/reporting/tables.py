@@ -23,6 +23,8 @@ ROWS: tuple[tuple[str, str, Kind], ...] = (
     ("val/accuracy", "validation accuracy", "figure"),
     ("test/accuracy", "test accuracy", "figure"),
     ("train/accuracy", "training accuracy", "figure"),
+    ("val/return", "validation return", "figure"),
+    ("test/return", "test return", "figure"),
     ("train/tokens_per_second", "tokens/s", "count"),
     ("train/examples_per_second", "examples/s", "count"),
     ("optimizer/state_bytes", "optimizer state", "bytes"),
