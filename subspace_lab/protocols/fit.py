@@ -60,6 +60,11 @@ class Fit:
         plan: TrainerPlan = build.instantiate(cfg.trainer).resolve()
         method = build.build_method(cfg)
         data = build.build_data(cfg)
+        if not hasattr(data, "train_dataloader"):
+            raise UserError(
+                "protocol=fit trains on a data set, and the data are an environment",
+                hint="protocol=dqn, protocol=evolution, or protocol@protocol.cell=dqn in a dimension search",
+            )
         accumulation = plan.accumulation(data.batch_size, getattr(data, "global_batch_size", None))
         plan.check_method(method, accumulation)
         data.configure(plan.rank, plan.world_size, cfg.seed)

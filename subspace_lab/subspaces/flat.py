@@ -134,7 +134,7 @@ class FlatModel(nn.Module):
 
     def theta0_sha256(self) -> str:
         """Return the SHA-256 of θ0's bytes (little endian), hexadecimal."""
-        if self._theta0_hash is None:
+        if self._theta0_hash is None:  # once a run, when the first checkpoint is written or read: not on the step path
             self._theta0_hash = hashlib.sha256(self._theta0.detach().cpu().numpy().tobytes()).digest()
         return self._theta0_hash.hex()
 
