@@ -1,59 +1,65 @@
-"""Several optimizers that look like one: Muon for hidden matrices, AdamW for everything else."""
+"""Several optimizers that look like one: Muon beside AdamW, a manifold's beside anything."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.optim import AdamW, Muon, Optimizer
 from typing_extensions import override
 
+from subspace_lab.optim.traits import OptimizerFactory
+
 
 class Compound(Optimizer):
-    """Parameter groups handed to different optimizers by their ``kind``.
+    """Parameter groups handed to different optimizers.
 
-    The groups here carry ``lr`` and ``weight_decay``, which schedulers change; the children follow at every step.
+    The groups here *are* the children's own, and so is the state: schedulers, checkpoints and whatever else looks at
+    an optimizer see every option and every moment, and nothing has to be kept in step.
 
     Args:
-        params: groups, with ``kind`` "matrix" or anything else.
-        matrix, other: make the child optimizer of each kind from its groups.
-        lr, weight_decay: defaults of all groups.
+        params: parameter groups.
+        route: group -> key of the optimizer that takes it.
+        makers: key -> makes that optimizer from its groups; one without groups is not made.
+        defaults: what this optimizer shows as its `defaults`.
     """
 
     def __init__(
         self,
         params: Iterable[Any],
-        *,
-        matrix: Callable[[list[dict[str, Any]]], Optimizer],
-        other: Callable[[list[dict[str, Any]]], Optimizer],
-        lr: float,
-        weight_decay: float,
+        route: Callable[[Mapping[str, Any]], Hashable],
+        makers: Mapping[Any, OptimizerFactory],
+        defaults: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "kind": "other"})
-        self._routes: list[tuple[Optimizer, int]] = []  # for each of our groups: child, index of its group there
-        chosen: dict[bool, list[int]] = {True: [], False: []}
-        for i, group in enumerate(self.param_groups):
-            chosen[group["kind"] == "matrix"].append(i)
-        routes: dict[int, tuple[Optimizer, int]] = {}
+        super().__init__(params, defaults or {})
+        routes = [route(group) for group in self.param_groups]
         self.children: list[Optimizer] = []
-        for is_matrix, make in ((True, matrix), (False, other)):
-            if not chosen[is_matrix]:
+        self._owned: list[list[int]] = []  # for each child, the places of its groups here
+        for key, make in makers.items():
+            mine = [i for i, chosen in enumerate(routes) if chosen == key]
+            if not mine:
                 continue
-            child = make([{"params": self.param_groups[i]["params"]} for i in chosen[is_matrix]])
+            child = make([_as_given(self.param_groups[i]) for i in mine])
+            for i, group in zip(mine, child.param_groups, strict=True):
+                self.param_groups[i] = group
             self.children.append(child)
-            routes |= {i: (child, j) for j, i in enumerate(chosen[is_matrix])}
-        self._routes = [routes[i] for i in range(len(self.param_groups))]
-        self._share_state()
+            self._owned.append(mine)
+        self._link()
 
-    def _share_state(self) -> None:
-        for child in self.children:
-            child.state = self.state
+    def _link(self) -> None:
+        for child, mine in zip(self.children, self._owned, strict=True):
+            child.__setstate__({"state": self.state, "param_groups": [self.param_groups[i] for i in mine]})
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._share_state()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "children" in self.__dict__:
+            self._link()
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "children": self.children, "_owned": self._owned}
 
     @torch.no_grad()
     @override
@@ -62,11 +68,17 @@ class Compound(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, (child, j) in zip(self.param_groups, self._routes, strict=True):
-            child.param_groups[j].update(lr=group["lr"], weight_decay=group["weight_decay"])
         for child in self.children:
             child.step()
         return loss
+
+
+def _as_given(group: dict[str, Any]) -> dict[str, Any]:
+    """A group as it was before torch took names and parameters apart."""
+    given = {k: v for k, v in group.items() if k != "param_names"}
+    if "param_names" in group:
+        given["params"] = list(zip(group["param_names"], group["params"], strict=True))
+    return given
 
 
 def muon_with_adamw(
@@ -84,12 +96,20 @@ def muon_with_adamw(
     Muon's step is scaled to AdamW's RMS (Liu et al. 2025, arXiv 2502.16982, eq. 4), so that both share one
     learning rate.
     """
+    shared: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
     return Compound(
         params,
-        matrix=lambda groups: Muon(
-            groups, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, adjust_lr_fn="match_rms_adamw"
-        ),
-        other=lambda groups: AdamW(groups, betas=(betas[0], betas[1]), eps=eps, fused=True),
-        lr=lr,
-        weight_decay=weight_decay,
+        lambda group: group["kind"] == "matrix",
+        {
+            True: lambda groups: Muon(
+                groups,
+                **shared,
+                momentum=momentum,
+                nesterov=nesterov,
+                ns_steps=ns_steps,
+                adjust_lr_fn="match_rms_adamw",
+            ),
+            False: lambda groups: AdamW(groups, **shared, betas=(betas[0], betas[1]), eps=eps, fused=True),
+        },
+        defaults=shared | {"kind": "other"},
     )

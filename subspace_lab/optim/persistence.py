@@ -11,26 +11,34 @@ from subspace_lab.optim.stack import Stack
 
 if TYPE_CHECKING:
     from subspace_lab.optim.subspace_optimizer import SubspaceOptimizer
+    from subspace_lab.optim.unit import Unit
 
 Entries = dict[str, dict[str, Any]]
 
 
 def export_state(optimizer: SubspaceOptimizer) -> Entries:
-    """Parameter name -> {t, subspace.*, inner.*}: what it was stacked with leaves no trace."""
+    """Parameter name -> {t, subspace.*, inner.*, group.*}: what it was stacked with leaves no trace."""
     names = {p: n for g in optimizer.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
     entries: Entries = {}
     for unit in optimizer.units:
-        for s in unit.stacks:
+        for index, s in enumerate(unit.stacks):
             for i, key in enumerate(s.keys):
-                entry: dict[str, Any] = {"t": s.t}
+                entry: dict[str, Any] = {"t": s.t} | _counters(unit, index)
                 entry |= {f"subspace.{k}": v for k, v in s.subspace.member_state(i).items()}
                 state = unit.inner.state.get(s.coords[0 if s.stacked else i], {})
                 entry |= {f"inner.{k}": _member(s, v, i) for k, v in state.items()}
                 entries[key] = entry
-        for _, params in unit.plain:
+        for index, (_, params) in enumerate(unit.plain, len(unit.stacks)):
             for p in params:
-                entries[names[p]] = {"t": unit.t} | {f"inner.{k}": v for k, v in unit.inner.state.get(p, {}).items()}
+                state = {f"inner.{k}": v for k, v in unit.inner.state.get(p, {}).items()}
+                entries[names[p]] = {"t": unit.t} | _counters(unit, index) | state
     return entries
+
+
+def _counters(unit: Unit, index: int) -> dict[str, Any]:
+    """What the inner optimizer keeps in a group and not with its parameters: LAMB's number of steps."""
+    options = {"params", "kind", *unit.inner.defaults, *unit.outer[unit.owners[index][0]]}
+    return {f"group.{k}": v for k, v in unit.inner.param_groups[index].items() if k not in options}
 
 
 def _member(s: Stack, value: Any, i: int) -> Any:
@@ -52,6 +60,7 @@ def import_state(optimizer: SubspaceOptimizer, entries: Entries) -> None:
     names = {p: n for g in optimizer.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
     for unit in optimizer.units:
         states: list[dict[str, Any]] = []  # one per inner parameter, in the inner optimizer's order
+        first = [s.keys[0] for s in unit.stacks] + [names[params[0]] for _, params in unit.plain]
         for s in unit.stacks:
             mine = [entries.get(k, {}) for k in s.keys]
             if all(mine):
@@ -62,6 +71,8 @@ def import_state(optimizer: SubspaceOptimizer, entries: Entries) -> None:
             states += [_strip(entries.get(names[p], {}), "inner.") for p in params]
         template = unit.inner.state_dict()
         template["state"] = {i: state for i, state in enumerate(states) if state}
+        for group, name in zip(template["param_groups"], first, strict=True):
+            group.update(_strip(entries.get(name, {}), "group."))
         unit.inner.load_state_dict(template)
 
 

@@ -98,6 +98,8 @@ class SubspaceOptimizer(Optimizer):
             subspace = group["subspace"]
             if subspace is not None and not isinstance(subspace, Subspace):
                 raise ValueError(f"subspace of parameter group {g} is a {type(subspace).__name__}, not a Subspace")
+            if subspace is not None and any(hasattr(p, "full_tensor") for p in group["params"]):
+                raise ValueError(f"parameter group {g} has a subspace and sharded weights; it needs whole matrices")
 
     def _offsets(self) -> dict[str, int]:
         """Each projected weight's shift inside the refresh interval; independent of parameter order."""
