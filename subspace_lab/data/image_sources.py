@@ -1,9 +1,8 @@
-"""Where small image sets come from, as uint8 tensors: scikit-learn's digits, MNIST and its like, CIFAR-10."""
+"""Where small image sets come from, as uint8 tensors: scikit-learn's digits, MNIST and its like, CIFAR, USPS, GTSRB."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,23 +13,44 @@ import torch
 from torch import Tensor
 
 from subspace_lab.data.hub import hub_error, require_network
+from subspace_lab.data.image_trees import Tensors, class_folders, decoded, semicolon_table
 from subspace_lab.errors import UserError
 
-Dataset = Literal["digits", "mnist", "fashion_mnist", "cifar10"]
-CLASSES = 10  # all of them have ten
+Dataset = Literal["digits", "mnist", "fashion_mnist", "kmnist", "notmnist", "usps", "cifar10", "cifar100", "gtsrb"]
 DIGITS_TEST = 360
-SHAPES: dict[str, tuple[int, int, int]] = {
-    "digits": (1, 8, 8),
-    "mnist": (1, 28, 28),
-    "fashion_mnist": (1, 28, 28),
-    "cifar10": (3, 32, 32),
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is known of a data set before it is read.
+
+    Attributes:
+        shape: (channels, height, width).
+        classes: how many.
+        white: the largest pixel value.
+    """
+
+    shape: tuple[int, int, int]
+    classes: int = 10
+    white: int = 255
+
+
+KINDS = {
+    "digits": Kind((1, 8, 8), white=16),
+    "mnist": Kind((1, 28, 28)),
+    "fashion_mnist": Kind((1, 28, 28)),
+    "kmnist": Kind((1, 28, 28)),
+    "notmnist": Kind((1, 28, 28)),
+    "usps": Kind((1, 16, 16)),
+    "cifar10": Kind((3, 32, 32)),
+    "cifar100": Kind((3, 32, 32), classes=100),
+    "gtsrb": Kind((3, 32, 32), classes=43),
 }
-WHITE = {"digits": 16}
-"""The largest pixel value where it is not 255."""
 
 _HINT = "SUBSPACE_DATA=/some/folder or data.data_dir=/some/folder says where data lies; data=digits needs none"
-_IDX_FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
-_IMAGES = (".jpg", ".jpeg", ".png")
+_IDX_PARTS = ("train", "t10k")
+# Broken files of these formats end in one of these.
+_UNREADABLE = (OSError, ValueError, RuntimeError, AssertionError, LookupError, EOFError)
 
 
 @dataclass(frozen=True)
@@ -43,6 +63,7 @@ class ImageSet:
         test_images: uint8 (m, channels, height, width).
         test_labels: int64 (m,).
         identity: hash of the four.
+        note: what is unusual about them; empty if nothing is.
     """
 
     train_images: Tensor
@@ -50,6 +71,7 @@ class ImageSet:
     test_images: Tensor
     test_labels: Tensor
     identity: str
+    note: str = ""
 
 
 @lru_cache(maxsize=2)
@@ -57,33 +79,38 @@ def load(dataset: str, data_dir: Path, cache_dir: Path) -> ImageSet:
     """Return a data set; the runs of one process share it.
 
     Args:
-        dataset: a key of `SHAPES`.
-        data_dir: where data lies; MNIST and its like are downloaded to it where they are absent.
+        dataset: a key of `KINDS`.
+        data_dir: where data lies; MNIST and its like and USPS are downloaded to it where they are absent.
         cache_dir: where decoded images are kept.
 
     Raises:
         UserError: nothing there and no network, files that cannot be read, a folder that cannot be written.
     """
+    note = ""
     if dataset == "digits":
         parts = _digits()
-    elif dataset == "cifar10":
-        parts = _cifar10(data_dir, cache_dir)
+    elif dataset in ("cifar10", "cifar100"):
+        parts = _cifar(dataset, data_dir, cache_dir)
+    elif dataset == "gtsrb":
+        parts = _gtsrb(data_dir, cache_dir)
+    elif dataset == "usps":
+        parts = _usps(data_dir)
     else:
-        parts = _idx(dataset, data_dir)
+        parts, note = _idx(dataset, data_dir)
+    kind = KINDS[dataset]
     for images, labels in (parts[:2], parts[2:]):
-        if images.shape[1:] != SHAPES[dataset] or len(images) != len(labels) or not len(labels):
+        if images.shape[1:] != kind.shape or len(images) != len(labels) or not len(labels):
             raise UserError(
-                f"data={dataset}: {tuple(images.shape)} pixels, {len(labels)} labels; expected {SHAPES[dataset]} each"
+                f"data={dataset}: {tuple(images.shape)} pixels, {len(labels)} labels; expected {kind.shape} each"
             )
-        if int(labels.min()) < 0 or int(labels.max()) >= CLASSES:
-            raise UserError(f"data={dataset}: labels {int(labels.min())} … {int(labels.max())}, expected 0 … 9")
+        if int(labels.min()) < 0 or int(labels.max()) >= kind.classes:
+            raise UserError(
+                f"data={dataset}: labels {int(labels.min())} … {int(labels.max())}, expected 0 … {kind.classes - 1}"
+            )
     digest = hashlib.blake2b(digest_size=16)
     for tensor in parts:
         digest.update(tensor.numpy().data)
-    return ImageSet(*parts, digest.hexdigest())
-
-
-Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
+    return ImageSet(*parts, digest.hexdigest(), note)
 
 
 def _digits() -> Tensors:
@@ -99,109 +126,108 @@ def _digits() -> Tensors:
     return images[train], targets[train], images[test], targets[test]
 
 
-def _idx(dataset: str, data_dir: Path) -> Tensors:
+def _idx(dataset: str, data_dir: Path) -> tuple[Tensors, str]:
+    """The four IDX files; of a set whose training files nobody has, its test files, cut in two."""
     from torchvision import datasets
+    from torchvision.datasets.mnist import read_image_file, read_label_file
 
-    kind = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST}[dataset]
+    kinds = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST, "kmnist": datasets.KMNIST}
+    kind = kinds.get(dataset)
     folder = data_dir / dataset
-    raw = folder / kind.__name__ / "raw"
-    if not all((raw / name).is_file() for name in _IDX_FILES):
-        _download(kind, folder, dataset, raw)
+    raw = folder / kind.__name__ / "raw" if kind else folder / "raw"
+
+    def files(part: str) -> tuple[Path, Path]:
+        return raw / f"{part}-images-idx3-ubyte", raw / f"{part}-labels-idx1-ubyte"
+
+    there = {part: all(path.is_file() for path in files(part)) for part in _IDX_PARTS}
+    halved = dataset in ("kmnist", "notmnist") and there["t10k"] and not there["train"]
+    if not all(there.values()) and not halved:
+        if kind is None:
+            missing = ", ".join(path.name for part in _IDX_PARTS for path in files(part))
+            raise UserError(f"data={dataset}: {missing} are not all in {raw}", hint=_HINT)
+        _download(kind, kind.mirrors[0], folder, dataset, raw)
     try:
-        train, test = (kind(folder, train=part) for part in (True, False))
-    except (OSError, ValueError, RuntimeError, AssertionError, IndexError) as error:
+        parts = [
+            (read_image_file(str(images))[:, None], read_label_file(str(labels)))
+            for images, labels in (files(part) for part in _IDX_PARTS if not halved or part == "t10k")
+        ]
+    except _UNREADABLE as error:
         raise UserError(f"data={dataset}: the files in {raw} cannot be read ({error})", hint=_HINT) from error
-    return train.data[:, None], train.targets, test.data[:, None], test.targets
+    if not halved:
+        return (*parts[0], *parts[1]), ""
+    images, labels = parts[0]
+    cut = len(labels) * 4 // 5
+    note = f"the test part alone: its first {cut} images train, its last {len(labels) - cut} test, in file order"
+    return (images[:cut], labels[:cut], images[cut:], labels[cut:]), note
 
 
-def _download(kind: Any, folder: Path, dataset: str, raw: Path) -> None:
-    from filelock import FileLock
+def _usps(data_dir: Path) -> Tensors:
+    from torchvision.datasets import USPS
 
-    try:
-        require_network(kind.mirrors[0])
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".download.lock"):
-            kind(folder, download=True)
-    except (OSError, RuntimeError) as error:
-        tried = f"data={dataset}: no {kind.__name__} files in {raw}"
-        raise hub_error(tried, kind.mirrors[0], error, _HINT) from error
-
-
-def _cifar10(data_dir: Path, cache_dir: Path) -> Tensors:
-    """The original python batches where they are, else a tree {train,test}/<class>/ of images."""
-    folder = data_dir / "cifar10"
-    for root in (folder, data_dir):
-        if (root / "cifar-10-batches-py").is_dir():
-            return _batches(root)
-    if (folder / "train").is_dir() and (folder / "test").is_dir():
-        return _tree(folder, cache_dir)
-    raise UserError(
-        f"data=cifar10: neither {folder}/cifar-10-batches-py nor {folder}/train and {folder}/test is there", hint=_HINT
-    )
-
-
-def _batches(root: Path) -> Tensors:
-    from torchvision.datasets import CIFAR10
-
+    folder = data_dir / "usps"
+    if not all((folder / name).is_file() for _, name, _ in USPS.split_list.values()):
+        _download(USPS, USPS.split_list["train"][0], folder, "usps", folder)
     found: list[Tensor] = []
     try:
         for part in (True, False):
-            images = CIFAR10(root, train=part)
-            found += [torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(images.targets)]
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"data=cifar10: {root}/cifar-10-batches-py cannot be read ({error})", hint=_HINT) from error
+            images = USPS(folder, train=part)
+            found += [torch.from_numpy(images.data)[:, None], torch.tensor(images.targets)]
+    except _UNREADABLE as error:
+        raise UserError(f"data=usps: the files in {folder} cannot be read ({error})", hint=_HINT) from error
     return found[0], found[1], found[2], found[3]
 
 
-def _tree(folder: Path, cache_dir: Path) -> Tensors:
-    """Images below {train,test}/<class>/, decoded once: minutes of JPEG for one file of bytes."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
+def _download(kind: Any, url: str, folder: Path, dataset: str, where: Path) -> None:
+    from filelock import FileLock
 
-    listing = {part: _listing(folder / part) for part in ("train", "test")}
-    key = hashlib.blake2b(repr(listing).encode(), digest_size=10).hexdigest()
-    cached = cache_dir / "images" / f"cifar10-{key}.safetensors"
-    names = ("train_images", "train_labels", "test_images", "test_labels")
     try:
-        tensors = load_file(cached)
-        return tensors[names[0]], tensors[names[1]], tensors[names[2]], tensors[names[3]]
-    except (OSError, SafetensorError, KeyError):
-        pass  # not there yet, or damaged
-    train, test = (_decode(folder / part, listing[part]) for part in ("train", "test"))
+        require_network(url)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".download.lock"):
+            for train in (True, False):
+                kind(folder, train=train, download=True)
+    except (OSError, RuntimeError) as error:
+        raise hub_error(f"data={dataset}: no {kind.__name__} files in {where}", url, error, _HINT) from error
+
+
+def _cifar(dataset: str, data_dir: Path, cache_dir: Path) -> Tensors:
+    """The original python batches where they are, else a tree {train,test}/<class>/ of images."""
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    kind = CIFAR100 if dataset == "cifar100" else CIFAR10
+    folder = data_dir / dataset
+    for root in (folder, data_dir):
+        if (root / kind.base_folder).is_dir():
+            return _batches(kind, dataset, root)
+    train, test = folder / "train", folder / "test"
+    if train.is_dir() and test.is_dir():
+        parts = {part: class_folders(part) for part in (train, test)}
+        return decoded(dataset, KINDS[dataset].shape, parts, cache_dir)
+    raise UserError(
+        f"data={dataset}: neither {folder}/{kind.base_folder} nor {folder}/train and {folder}/test is there", hint=_HINT
+    )
+
+
+def _batches(kind: Any, dataset: str, root: Path) -> Tensors:
+    found: list[Tensor] = []
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        partial = cached.with_name(f".{cached.name}.{os.getpid()}")
-        save_file(dict(zip(names, (*train, *test), strict=True)), partial)
-        partial.replace(cached)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot write the decoded images to {cached.parent} ({error})",
-            hint="SUBSPACE_CACHE=/some/folder or paths.cache_dir=/some/folder puts them elsewhere",
-        ) from error
-    return *train, *test
+        for part in (True, False):
+            images = kind(root, train=part)
+            found += [torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(images.targets)]
+    except _UNREADABLE as error:
+        raise UserError(f"data={dataset}: {root}/{kind.base_folder} cannot be read ({error})", hint=_HINT) from error
+    return found[0], found[1], found[2], found[3]
 
 
-def _listing(folder: Path) -> list[tuple[str, int, str, int]]:
-    """(class name, label, file name, bytes) of every image, in order; classes are numbered by name."""
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    return [
-        (name, label, entry.name, entry.stat().st_size)
-        for label, name in enumerate(classes)
-        for entry in sorted(os.scandir(folder / name), key=lambda entry: entry.name)
-        if entry.name.lower().endswith(_IMAGES)
-    ]
-
-
-def _decode(folder: Path, listing: list[tuple[str, int, str, int]]) -> tuple[Tensor, Tensor]:
-    from PIL import Image
-
-    shape = SHAPES["cifar10"]
-    images = np.empty((len(listing), *shape), dtype=np.uint8)
-    for index, (name, _, file, _) in enumerate(listing):
-        try:
-            with Image.open(folder / name / file) as image:
-                pixels = np.asarray(image.convert("RGB"))
-            images[index] = pixels.transpose(2, 0, 1)
-        except (OSError, ValueError) as error:
-            raise UserError(f"data=cifar10: {folder / name / file} cannot be read ({error})") from error
-    return torch.from_numpy(images), torch.tensor([label for _, label, _, _ in listing])
+def _gtsrb(data_dir: Path, cache_dir: Path) -> Tensors:
+    """Torchvision's layout: traffic signs of any size, brought to 32×32."""
+    folder = data_dir / "gtsrb"
+    train, test = folder / "GTSRB" / "Training", folder / "GTSRB" / "Final_Test" / "Images"
+    table = folder / "GT-final_test.csv"
+    if not (train.is_dir() and test.is_dir() and table.is_file()):
+        raise UserError(f"data=gtsrb: {train}, {test} and {table} are not all there", hint=_HINT)
+    try:
+        parts = {train: class_folders(train), test: semicolon_table(test, table)}
+    except _UNREADABLE as error:
+        raise UserError(f"data=gtsrb: {table} and its images cannot be read ({error})", hint=_HINT) from error
+    return decoded("gtsrb", KINDS["gtsrb"].shape, parts, cache_dir, resize=True)

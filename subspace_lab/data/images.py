@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.utils.data
 from torch import Tensor
+from typing_extensions import override
 
-from subspace_lab.data.image_sources import CLASSES, SHAPES, WHITE, Dataset, load
+from subspace_lab.data.classifying import ImageClassificationDataModule, choose_classes
+from subspace_lab.data.image_sources import KINDS, Dataset, ImageSet, load
 from subspace_lab.data.loaders import TrainBatches
 from subspace_lab.data.order import EpochOrder
 from subspace_lab.data.packing import Batch
+from subspace_lab.data.presentation import Presentation, PresentedExamples
 from subspace_lab.data.splits import Indices, fixed_integers, fixed_order
-from subspace_lab.data.supervised import Parts, SupervisedDataModule
+from subspace_lab.data.supervised import Parts
 from subspace_lab.errors import UserError
 from subspace_lab.linalg.random import derive_key, random_bits
+from subspace_lab.training.tasks import ClassificationLoss
 
 Augment = Literal["none", "crop_flip"]
 _PAD = 4  # pixels around an image that a crop may reach into
 
 
-class ImageDataModule(SupervisedDataModule):
+class ImageDataModule(ImageClassificationDataModule):
     """Images for a classifier.
 
     Batches are `{"inputs": float32 (b, channels, height, width), "labels": int64 (b,)}`. Splits, shuffled pixels and
-    shuffled labels are the same in every run; the order of training (and what is augmented) follows the run's seed.
+    shuffled labels are the same in every run; the order of training (and what is augmented or mixed) follows the run's
+    seed. With `mixup` or `cutmix` the labels of training batches are float32 (b, classes).
 
     Args:
         dataset: which images; see `image_sources`.
@@ -40,6 +47,11 @@ class ImageDataModule(SupervisedDataModule):
         shuffle_labels: train on labels drawn uniformly at random, once (Zhang et al. 2017); held-out and test images
             keep their own.
         augment: crop_flip: train on random crops of the image padded by 4 pixels, mirrored half of the time.
+        classes: keep only the images of these classes, numbered anew in this order; null keeps all.
+        mixup: α of Mixup on training batches; 0 is without.
+        cutmix: α of CutMix; 0 is without. With both, each batch takes one of the two at random.
+        label_smoothing: share of every training label that is spread over all classes, in [0, 1).
+        loss: cross_entropy, or bce: binary cross-entropy of each class by itself.
         data_dir: where data lies; null is SUBSPACE_DATA, else ./data.
         cache_dir: where decoded images are kept; null is SUBSPACE_CACHE, else ~/.cache/subspace-lab.
     """
@@ -55,42 +67,84 @@ class ImageDataModule(SupervisedDataModule):
         shuffle_pixels: bool = False,
         shuffle_labels: bool = False,
         augment: Augment = "none",
+        classes: Sequence[int] | None = None,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        label_smoothing: float = 0.0,
+        loss: ClassificationLoss = "cross_entropy",
         data_dir: str | None = None,
         cache_dir: str | None = None,
     ) -> None:
-        super().__init__(dataset, batch_size, val_size, train_fraction, data_dir, cache_dir)
-        if dataset not in SHAPES:
-            raise UserError(f"data.dataset={dataset}: no such image set", hint=f"one of {', '.join(SHAPES)}")
-        self.shape = SHAPES[dataset]
+        super().__init__(
+            dataset,
+            batch_size,
+            val_size,
+            train_fraction,
+            mixup,
+            cutmix,
+            label_smoothing,
+            loss,
+            data_dir,
+            cache_dir,
+        )
+        if dataset not in KINDS:
+            raise UserError(f"data.dataset={dataset}: no such image set", hint=f"one of {', '.join(KINDS)}")
+        self._kind = KINDS[dataset]
+        self.shape = self._kind.shape
+        self._kept: list[int] | None = None
+        if classes is not None:
+            self._kept = choose_classes(classes, [str(number) for number in range(self._kind.classes)], dataset)
         for name, values in (("mean", mean), ("std", std)):
             if len(values) not in (1, self.shape[0]) or (name == "std" and min(values) <= 0):
                 positive = "positive numbers" if name == "std" else "numbers"
                 raise UserError(f"data.{name}={list(values)}: expected 1 or {self.shape[0]} {positive}")
         # Two roundings in a fixed order: the same floats on every machine.
-        white = WHITE.get(dataset, 255)
+        white = self._kind.white
         m, s = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
         self._scale, self._shift = (v.float()[:, None, None] for v in (1 / (white * s), -m / s))
+        self._mean, self._std = (tuple(map(float, v)) * (self.shape[0] // len(v)) for v in (mean, std))
         self._shuffle_pixels, self._shuffle_labels, self._augment = shuffle_pixels, shuffle_labels, augment
 
-    def model_arguments(self) -> dict[str, Any]:
-        """`data_shape` (channels, height, width) and `data_classes`."""
-        return {"data_shape": self.shape, "data_classes": CLASSES}
+    @property
+    @override
+    def classes(self) -> int:
+        """How many classes there are, of those kept."""
+        return self._kind.classes if self._kept is None else len(self._kept)
 
-    def blank_batch(self) -> tuple[Batch, str]:
-        """A batch of zeros, and its shape in words."""
-        labels = torch.zeros(self.batch_size, dtype=torch.int64)
-        text = f"{self.batch_size} images of {'×'.join(map(str, self.shape))}"
-        return {"inputs": torch.zeros(self.batch_size, *self.shape), "labels": labels}, text
+    @property
+    @override
+    def presentation(self) -> Presentation:
+        """How a model trained on these images wants its images."""
+        return Presentation(self.shape, self._mean, self._std)
 
-    def _load(self) -> Parts:
+    @override
+    def examples_as(self, presentation: Presentation) -> Parts:
+        """These images, unaugmented, as another data set's model wants them; after `setup`."""
+        if presentation == self.presentation:
+            return self.parts
+
+        def part(examples: Any) -> PresentedExamples:
+            images, labels, rows = examples.images, examples.labels, examples.rows
+            return PresentedExamples(images, labels, rows, self._kind.white, presentation, examples.identity())
+
+        return Parts(part(self.parts.train), part(self.parts.validation), part(self.parts.test))
+
+    def _found(self) -> ImageSet:
         found = load(self.dataset, self._data_dir, self._cache_dir)
+        return found if self._kept is None else only_classes(found, self._kept)
+
+    @override
+    def _load(self) -> Parts:
+        found = self._found()
         train, test = found.train_images, found.test_images
         if self._shuffle_pixels:
             _, height, width = self.shape
             order = torch.from_numpy(fixed_order(height * width, "pixels"))
             train, test = (images.flatten(2)[:, :, order].view_as(images) for images in (train, test))
         labels = found.train_labels
-        shuffled = torch.from_numpy(fixed_integers(len(labels), CLASSES, "labels")) if self._shuffle_labels else labels
+        shuffled = (
+            torch.from_numpy(fixed_integers(len(labels), self.classes, "labels")) if self._shuffle_labels else labels
+        )
         rows, held_out = self._divide(labels.numpy())
 
         def part(images: Tensor, labels: Tensor, rows: Indices, name: str) -> ImageExamples:
@@ -103,18 +157,21 @@ class ImageDataModule(SupervisedDataModule):
             part(test, found.test_labels, np.arange(len(test)), "test"),
         )
 
-    def _train_batches(self, order: EpochOrder) -> TrainBatches:
+    @override
+    def _plain_batches(self, order: EpochOrder) -> torch.utils.data.Dataset[Batch]:
         if self._augment == "none":
-            return super()._train_batches(order)
+            return super()._plain_batches(order)
         train = self.parts.train
         assert isinstance(train, ImageExamples)
         return CropFlipBatches(train, order, self.batch_size, self._rank, self._world_size)
 
+    @override
     def describe(self) -> dict[str, Any]:
         """What results.json records about the data; after `setup`."""
+        note = load(self.dataset, self._data_dir, self._cache_dir).note
         return super().describe() | {
-            "shape": list(self.shape),
-            "classes": CLASSES,
+            **({"kept_classes": self._kept} if self._kept is not None else {}),
+            **({"note": note} if note else {}),
             "shuffle_pixels": self._shuffle_pixels,
             "shuffle_labels": self._shuffle_labels,
             "augment": self._augment,
@@ -194,3 +251,24 @@ def crop_flip(images: Tensor, moves: Tensor) -> Tensor:
     x = right[:, None] + torch.where((moves[:, None] >> 24) & 1 == 1, width - 1 - x, x)
     batch = torch.arange(count)[:, None, None, None]
     return padded[batch, torch.arange(channels)[None, :, None, None], y[:, None, :, None], x[:, None, None, :]]
+
+
+def only_classes(found: ImageSet, kept: list[int]) -> ImageSet:
+    """Return the images of some classes, these numbered 0 … in the order given."""
+    numbers = torch.full((max(int(labels.max()) for labels in (found.train_labels, found.test_labels)) + 1,), -1)
+    for new, old in enumerate(kept):
+        if old < len(numbers):
+            numbers[old] = new
+    parts: list[Tensor] = []
+    for images, labels in ((found.train_images, found.train_labels), (found.test_images, found.test_labels)):
+        renumbered = numbers[labels]
+        mine = renumbered >= 0
+        parts += [images[mine], renumbered[mine]]
+    return replace(
+        found,
+        train_images=parts[0],
+        train_labels=parts[1],
+        test_images=parts[2],
+        test_labels=parts[3],
+        identity=f"{found.identity}, classes {kept}",
+    )

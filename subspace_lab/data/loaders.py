@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from subspace_lab.data.order import EpochOrder, Indices, validation_batch
 from subspace_lab.data.packing import IGNORE, Batch
+from subspace_lab.errors import UserError
 
 
 class Rows(Protocol):
@@ -90,27 +91,47 @@ class TrainLoader:
             # Nothing to pin and nobody to ask: a DataLoader would only cost its overhead, at every step.
             yield from (self._receive(dataset[index]) for index in sampler)
         for item in make_loader(dataset, sampler, self._num_workers):
-            yield self._receive(item)
+            yield self._receive(told(item))
 
 
 class ValidationLoader:
     """All validation batches of one process, always in the same order."""
 
-    def __init__(self, dataset: ValidationBatches) -> None:
+    def __init__(self, dataset: ValidationBatches, num_workers: int = 0) -> None:
         self._dataset = dataset
-        self._loader = make_loader(dataset, range(len(dataset)), num_workers=0)
+        self._loader = make_loader(dataset, range(len(dataset)), num_workers)
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._loader)
+        return map(told, self._loader)
+
+
+class Told(Dataset[Any]):
+    """A dataset whose user errors come as items: a worker process would add its traceback to the one line."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self._dataset[index]
+        except UserError as error:
+            return error
+
+
+def told(item: Any) -> Any:
+    """Return an item, or raise the error that came in its place."""
+    if isinstance(item, UserError):
+        raise item
+    return item
 
 
 def make_loader(dataset: Dataset[Any], sampler: Any, num_workers: int) -> DataLoader[Any]:
     """A `DataLoader` that passes items on as they are and leaves the global random state alone."""
     return DataLoader(
-        dataset,
+        Told(dataset) if num_workers and not isinstance(dataset, IterableDataset) else dataset,
         batch_size=None,
         sampler=sampler,
         num_workers=num_workers,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from torch.utils.data import Dataset
 
 from subspace_lab.data.documents import hash_text
 from subspace_lab.data.loaders import TrainBatches, TrainLoader, ValidationBatches, ValidationLoader
@@ -64,6 +65,7 @@ class SupervisedDataModule(PositionedDataModule):
     """
 
     has_test = True
+    _num_workers = 0  # processes that prepare batches: none where the examples are in memory
 
     def __init__(
         self,
@@ -101,7 +103,7 @@ class SupervisedDataModule(PositionedDataModule):
     def blank_batch(self) -> tuple[Batch, str]:
         """A batch of zeros in the shape of a training batch, and that shape in words; no data is read."""
 
-    def _train_batches(self, order: EpochOrder) -> TrainBatches:
+    def _train_batches(self, order: EpochOrder) -> Dataset[Batch]:
         """Item k is training batch k of this process."""
         return TrainBatches(self.parts.train, order, self.batch_size, self._rank, self._world_size)
 
@@ -165,7 +167,7 @@ class SupervisedDataModule(PositionedDataModule):
     def train_dataloader(self) -> TrainLoader:
         """Endless batches from the current position on."""
         batches = self._train_batches(EpochOrder(self.train_rows, self._seed))
-        return TrainLoader(lambda: self._position.consumed, lambda _: batches, _as_is, num_workers=0)
+        return TrainLoader(lambda: self._position.consumed, lambda _: batches, _as_is, self._num_workers)
 
     def val_dataloader(self) -> ValidationLoader:
         """All validation examples of this process, in order; the last batch may be short."""
@@ -180,8 +182,12 @@ class SupervisedDataModule(PositionedDataModule):
         return self._in_order(self.parts.train)
 
     def _in_order(self, part: Examples) -> ValidationLoader:
-        # Without gradients a batch takes a fraction of the memory.
-        return ValidationLoader(ValidationBatches(part, 4 * self.batch_size, self._rank, self._world_size))
+        batches = ValidationBatches(part, self._eval_batch_size, self._rank, self._world_size)
+        return ValidationLoader(batches, self._num_workers)
+
+    @property
+    def _eval_batch_size(self) -> int:
+        return 4 * self.batch_size  # without gradients a batch takes a fraction of the memory
 
     @property
     def _is_open(self) -> bool:

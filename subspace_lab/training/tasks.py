@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 Batch = Mapping[str, Tensor]
+ClassificationLoss = Literal["cross_entropy", "bce"]
 
 
 class Sums(Protocol):
@@ -181,20 +182,38 @@ class Classification:
     """One label out of several for each example: images, or sentences with a Hugging Face classifier.
 
     The model is called as model(batch["inputs"]) and returns logits (b, classes), or, where the batch has no "inputs",
-    with all of the batch but the labels, and returns an object with `.logits`. A label of -100 is no example.
+    with all of the batch but the labels, and returns an object with `.logits`. Labels are int64 (b,), of which -100 is
+    no example, or, in training, shares of the classes (b, classes) in floating point, as mixing images makes them.
+
+    Args:
+        loss: cross_entropy, in nats per example; bce: binary cross-entropy of each class by itself, in nats, the mean
+            over classes.
+        label_smoothing: share of every training label that is spread over all classes; evaluation has none.
     """
 
     unit: ClassVar[str] = "examples"
     headline: ClassVar[tuple[str, str]] = ("val/accuracy", "val acc")
 
+    def __init__(self, loss: ClassificationLoss = "cross_entropy", label_smoothing: float = 0.0) -> None:
+        self._binary, self._smoothing = loss == "bce", label_smoothing
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy in nats over the batch, fp32."""
-        return nn.functional.cross_entropy(logits_of(model, batch).float(), batch["labels"])
+        """Return the mean loss in nats over the batch, fp32."""
+        logits, labels = logits_of(model, batch).float(), batch["labels"]
+        if self._binary:
+            losses = binary_losses(logits, labels, self._smoothing)
+            return losses.sum() / (labels != -100).sum() if labels.dim() == 1 else losses.mean()
+        if labels.is_floating_point():
+            labels = labels.float()
+        return nn.functional.cross_entropy(logits, labels, label_smoothing=self._smoothing)
 
     def measure(self, model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
-        """Return the sums over the batch of cross-entropy (nats), correct answers and examples (float64, (3,))."""
+        """Return the sums over the batch of the loss (nats), correct answers and examples (float64, (3,))."""
         logits, labels = logits_of(model, batch).float(), batch["labels"]
-        losses = nn.functional.cross_entropy(logits, labels, reduction="none")  # 0 where the label is -100
+        if self._binary:
+            losses = binary_losses(logits, labels)
+        else:
+            losses = nn.functional.cross_entropy(logits, labels, reduction="none")  # 0 where the label is -100
         correct = logits.argmax(-1) == labels
         return (torch.stack([losses.double(), correct.double(), (labels != -100).double()]).sum(1),)
 
@@ -213,6 +232,26 @@ class Classification:
             f"{part}/loss": loss / examples if examples else math.nan,
             f"{part}/accuracy": correct / examples if examples else math.nan,
         }
+
+
+def binary_losses(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Return each example's mean over the classes of their binary cross-entropies, 0 where the label is -100.
+
+    Args:
+        logits: float32 (b, classes).
+        labels: int64 (b,), or shares (b, classes) in floating point.
+        smoothing: share of the labels that is spread over all classes.
+
+    Returns:
+        float32 (b,), in nats.
+    """
+    classes = logits.shape[-1]
+    if labels.is_floating_point():
+        return nn.functional.binary_cross_entropy_with_logits(
+            logits, labels.float() * (1 - smoothing) + smoothing / classes, reduction="none"
+        ).mean(-1)
+    shares = nn.functional.one_hot(labels.clamp(min=0), classes).float()
+    return torch.where(labels != -100, binary_losses(logits, shares, smoothing), 0.0)
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from subspace_lab.data import image_sources
+from subspace_lab.data import image_sources, image_trees
 from subspace_lab.data.images import ImageDataModule, crop_flip
 from subspace_lab.data.packing import IGNORE, Batch
 from subspace_lab.errors import UserError
@@ -210,7 +210,7 @@ def test_cifar10_tree_is_decoded_once(tmp_path: Path, monkeypatch: pytest.Monkey
 
     image_sources.load.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(image_sources, "_decode", gone)
+        patch.setattr(image_trees, "decode", gone)
         assert make(**options).describe() == first
     cached.write_bytes(b"damaged")
     image_sources.load.cache_clear()

@@ -88,6 +88,40 @@ def test_figures_are_exact_sums() -> None:
     assert task.size({"inputs": images, "labels": labels}) == 23
 
 
+def test_losses_against_torch() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 4))
+    images, labels = torch.randn(9, 1, 2, 3), torch.randint(0, 4, (9,))
+    shares = torch.rand(9, 4).softmax(1)
+    logits, one_hot = model(images), nn.functional.one_hot(labels, 4).float()
+    entropy, binary = nn.functional.cross_entropy, nn.functional.binary_cross_entropy_with_logits
+
+    def loss(target: torch.Tensor, *options: Any) -> float:
+        return Classification(*options).loss(model, {"inputs": images, "labels": target}).item()
+
+    assert loss(labels) == loss(labels, "cross_entropy", 0.0) == entropy(logits, labels).item()  # not approximately
+    assert loss(labels, "bce") == pytest.approx(binary(logits, one_hot).item(), rel=1e-6)
+    assert loss(shares) == pytest.approx(entropy(logits, shares).item(), rel=1e-6)
+    assert loss(shares.double()) == pytest.approx(loss(shares), rel=1e-6)
+    assert loss(shares, "bce") == pytest.approx(binary(logits, shares).item(), rel=1e-6)
+    for target, plain in ((labels, one_hot), (shares, shares)):
+        smooth = 0.9 * plain + 0.1 / 4
+        assert loss(target, "cross_entropy", 0.1) == pytest.approx(entropy(logits, smooth).item(), rel=1e-5)
+        assert loss(target, "bce", 0.1) == pytest.approx(binary(logits, smooth).item(), rel=1e-5)
+    assert loss(one_hot) == pytest.approx(loss(labels), rel=1e-6)
+    holed = labels.clone()
+    holed[2] = holed[7] = -100
+    real = holed != -100
+    assert loss(holed, "bce") == pytest.approx(binary(logits[real], one_hot[real]).item(), rel=1e-6)
+    task = Classification("bce", 0.1)  # evaluation knows nothing of the smoothing
+    sums = task.sums(torch.device("cpu"))
+    for part in (slice(0, 4), slice(4, 9)):
+        sums.add(*task.measure(model, {"inputs": images[part], "labels": holed[part]}))
+    found = task.figures(sums.local(), "val")
+    assert found["val/loss"] == pytest.approx(binary(logits[real], one_hot[real]).item(), rel=1e-6)
+    assert found["val/accuracy"] == (logits.argmax(-1) == labels)[real].double().mean().item()
+
+
 def test_a_run_learns_and_tells_all_parts(runs: Runs) -> None:
     outcome = runs.fit("run", "trainer.max_steps=150", "protocol.train_accuracy=true", "trainer.val_every=50")
     metrics = outcome.metrics
@@ -119,6 +153,37 @@ def test_interrupt_and_resume_equals_uninterrupted(
     for name in ("val/loss", "val/accuracy", "test/loss", "test/accuracy"):
         assert whole.metrics[name] == resumed.metrics[name]
     assert runs.rows("whole") == runs.rows("cut")
+    left, right = runs.weights("whole"), runs.weights("cut")
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_an_augmented_folder_of_images_resumes_exactly(runs: Runs, stop_at: Any, tmp_path: Path) -> None:
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 40), ("val", 10)):
+        for label in range(3):
+            folder = tmp_path / "tree" / part / f"class{label}"
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = torch.randint(40 * label, 60 + 60 * label, (14, 14, 3), generator=generator)
+                Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / f"{index}.png")
+    words = (
+        f"data.root={tmp_path}/tree",
+        f"paths.cache_dir={tmp_path}/cache",
+        "data.image_size=12",
+        "data.batch_size=8",
+    )
+    words += ("data.augment=rand_augment", "data.erasing=0.25", "data.mixup=0.2", "data.cutmix=1", "data.loss=bce")
+    runs.words = ("data=image_folder", *(word for word in WORDS if word != "data=digits"), *words)
+    whole = runs.fit("whole", "data.num_workers=2")
+    stop_at(16, "step")
+    with pytest.raises(Interrupted, match="interrupted after step 16 of 30"):
+        runs.fit("cut", "data.num_workers=1")
+    stop_at.reset()
+    resumed = runs.fit("cut", "data.num_workers=0", "resume=auto")
+    assert whole.metrics["test/loss"] == resumed.metrics["test/loss"]
+    assert whole.data["parts"]["test"] == "val" and whole.data["test"]["examples"] == 30
     left, right = runs.weights("whole"), runs.weights("cut")
     assert all(torch.equal(left[name], right[name]) for name in left)
 
