@@ -45,6 +45,8 @@ class Method:
     passes_per_step: ClassVar[int] = 1
     #: gradients are consumed during the backward pass
     per_layer: bool = False
+    #: whether weights may be sharded along their first dimension (FSDP2)
+    shards: ClassVar[bool] = True
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Return the model to train: with another head, or reparametrised; before a checkpoint is read."""

@@ -51,6 +51,7 @@ class GaLore(Method):
     """
 
     name = "galore"
+    shards = False
 
     def __init__(
         self,

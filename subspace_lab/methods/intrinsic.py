@@ -55,6 +55,7 @@ class IntrinsicDimension(Method):
     """
 
     name: ClassVar[str] = "intrinsic_dimension"
+    shards = False
 
     def __init__(
         self,
