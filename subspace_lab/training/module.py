@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from subspace_lab.training.sharding import shard
 from subspace_lab.training.tasks import Batch, Sums, Task
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ class ExperimentModule(LightningModule):
         self.model = self.method.prepare(self.model)
         if self.compile_model:
             self.model.compile()  # in place: the names in checkpoints stay the plain ones
+        if self._device_mesh is not None:  # trainer=fsdp
+            shard(self.model, self._device_mesh["data_parallel"])
         self._prepared = True
 
     def configure_optimizers(self) -> Any:

@@ -36,7 +36,8 @@ class TrainerPlan:
         accelerator: auto takes a CUDA GPU if there is one.
         devices: processes (GPUs, or CPU processes with strategy=ddp) per machine; auto is every GPU, or one process.
         num_nodes: machines.
-        strategy: auto is one process, or ddp for several; fsdp only without a subspace method.
+        strategy: auto is one process, or ddp for several; fsdp shards weights, gradients and
+            optimizer state, for methods whose constraint does not need whole matrices.
         precision: 32-true, bf16-true (weights, gradients and moments in bf16: GaLore's setting), bf16-mixed, 16-mixed.
         max_steps: optimizer steps.
         max_epochs: passes over the training data instead; when set, max_steps follows from it (rounded up).
@@ -109,8 +110,6 @@ class TrainerPlan:
             raise UserError(f"trainer.devices={self.devices}, but this machine has {gpus} GPU{'s' if gpus > 1 else ''}")
         if self.strategy == "auto" and self.world_size > 1:
             self.strategy = "ddp"
-        if self.strategy == "fsdp" and self.accelerator == "cpu":
-            raise UserError("trainer=fsdp needs GPUs", hint="use trainer=ddp trainer.accelerator=cpu on a CPU machine")
         if self.accelerator == "cpu" and self.precision == "16-mixed":
             raise UserError("trainer.precision=16-mixed needs a GPU", hint="use bf16-mixed or 32-true on a CPU")
         if self.accelerator == "gpu" and self.precision.startswith("bf16") and not torch.cuda.is_bf16_supported():
@@ -182,9 +181,9 @@ class TrainerPlan:
         Raises:
             UserError: see the messages.
         """
-        if self.strategy == "fsdp" and method.name != "none":
+        if self.strategy == "fsdp" and (method.per_layer or not method.shards):
             raise UserError(
-                f"method={method.name} cannot run under FSDP, which flattens the matrices it needs",
+                f"method={method.name} cannot run under FSDP, which cuts the matrices it needs",
                 hint="use trainer=ddp",
             )
         if method.passes_per_step > 1:
@@ -273,9 +272,15 @@ class TrainerPlan:
             backend = "nccl" if self.accelerator == "gpu" else "gloo"
             return DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True)
         if self.strategy == "fsdp":
-            from lightning.pytorch.strategies import FSDPStrategy
+            from lightning.pytorch.strategies import ModelParallelStrategy
 
-            return FSDPStrategy(state_dict_type="full", use_orig_params=True)
+            backend = "nccl" if self.accelerator == "gpu" else "gloo"
+            return ModelParallelStrategy(
+                data_parallel_size=self.world_size,
+                tensor_parallel_size=1,
+                save_distributed_checkpoint=False,  # one file, as every other run writes
+                process_group_backend=backend,
+            )
         return "auto"
 
     def wants_bar(self) -> bool:
