@@ -30,7 +30,7 @@ Subspace Lab: train inside a subspace.
 Commands
   list [GROUP]              what there is to choose, with the papers (groups: {groups})
   resume RUN_DIR [KEY=VALUE …]   continue a run; or give the first command again with resume=auto
-  report DIR …              compare finished runs
+  report DIR … [--markdown] compare finished runs
   rebuild FILE [--output DIR]    make the whole model again from a solution.safetensors, a .sid file or a run folder
   compress RUN_DIR [--bits 3,4,5] [--finetune EPOCHS]   code a subspace run in a few hundred bytes, with an error bound
   doctor                    check torch, CUDA, data, SLURM, W&B, and say how to mend what is broken
@@ -130,11 +130,13 @@ def _resume(words: list[str]) -> int:
 
 
 def _report(words: list[str]) -> int:
+    markdown = "--markdown" in words
+    words = [word for word in words if word != "--markdown"]
     if not words:
         raise UserError("report needs the folders of one or more runs", hint="subspace-lab report outputs/*")
     from subspace_lab.reporting.report import main as report
 
-    return report(words)
+    return report(words, markdown=markdown)
 
 
 def _rebuild(words: list[str]) -> int:

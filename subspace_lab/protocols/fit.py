@@ -71,6 +71,7 @@ class Fit:
         data.prepare_data()
         data.setup("fit")
         plan.settle_length(data.train_rows, data.batch_size, accumulation)
+        self._prepare(cfg, plan, data)
 
         module, trainer, driver, checkpointing = self._assemble(
             cfg, plan, method, data, accumulation, run_dir, label, resume_dir
@@ -89,11 +90,14 @@ class Fit:
         self._evaluate(trainer, module, data)
         for logger in trainer.loggers:
             logger.finalize("success")
-        if cfg.export and trainer.is_global_zero:
-            export(module.model, method, run_dir / EXPORT_FOLDER)
+        if cfg.export and (trainer.is_global_zero or plan.strategy == "fsdp"):
+            export(module.model, method, run_dir / EXPORT_FOLDER, writes=trainer.is_global_zero)
         if trainer.is_global_zero:
             method.save(module.model, run_dir, Origin(cfg.seed, to_plain(cfg.model), data.model_arguments()))
         return self._outcome(trainer, module, driver, data, time.perf_counter() - began)
+
+    def _prepare(self, cfg: DictConfig, plan: TrainerPlan, data: DataModule) -> None:
+        """Get ready what is needed after training, so that it is missed before."""
 
     def _evaluate(self, trainer: Trainer, module: ExperimentModule, data: DataModule) -> None:
         """Measure the trained model on the test part, and on the training part if that was asked for."""
@@ -165,7 +169,7 @@ class Fit:
             "optimizer/state_bytes": float(state_bytes(optimizer)),
             "model/parameters": float(sum(p.numel() for p in parameters)),
             **driver.figures(optimizer),
-            **{f"subspace/{k}": float(v) for k, v in module.method.metrics().items() if k in ("d", "D")},
+            **{f"subspace/{k}": float(v) for k, v in module.method.metrics().items() if k in ("d", "D", "k", "n")},
         }
         if driver.last_loss is not None:
             metrics["train/loss"] = driver.last_loss
@@ -231,9 +235,20 @@ def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
     return found
 
 
-def export(model: nn.Module, method: Method, folder: Path) -> None:
-    """Write plain weights that the rest of the world loads: a transformers folder, else one safetensors file."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in method.export(model).items()}
+def export(model: nn.Module, method: Method, folder: Path, *, writes: bool = True) -> None:
+    """Write plain weights that the rest of the world loads: a transformers folder, else one safetensors file.
+
+    Args:
+        model: the trained model; of sharded weights all processes must bring theirs.
+        method: says what the plain weights are.
+        folder: where to write.
+        writes: whether this process does.
+    """
+    from subspace_lab.training.sharding import whole
+
+    weights = {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in method.export(model).items()}
+    if not writes:
+        return
     save = getattr(model, "save_pretrained", None)
     if save is not None:
         from transformers.utils.logging import disable_progress_bar
@@ -252,7 +267,9 @@ def state_bytes(optimizer: Optimizer) -> int:
     own = getattr(optimizer, "state_bytes", None)
     if own is not None:
         return int(own())
+    from subspace_lab.optim.riemannian import local
+
     tensors = [
         value for state in optimizer.state.values() for value in state.values() if hasattr(value, "element_size")
     ]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(t.numel() * t.element_size() for t in map(local, tensors))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from subspace_lab.reporting import grouping
 from subspace_lab.reporting.results import Results
 
 if TYPE_CHECKING:
@@ -23,6 +23,11 @@ ROWS: tuple[tuple[str, str, Kind], ...] = (
     ("val/accuracy", "validation accuracy", "figure"),
     ("test/accuracy", "test accuracy", "figure"),
     ("train/accuracy", "training accuracy", "figure"),
+    ("probe/accuracy", "probe accuracy", "figure"),
+    ("features/intra_class_angle", "intra-class angle, °", "figure"),
+    ("features/class_separation", "class separation R²", "figure"),
+    ("features/sparsity", "feature sparsity", "share"),
+    ("features/rankme", "feature rank (RankMe)", "figure"),
     ("val/return", "validation return", "figure"),
     ("test/return", "test return", "figure"),
     ("train/tokens_per_second", "tokens/s", "count"),
@@ -31,6 +36,19 @@ ROWS: tuple[tuple[str, str, Kind], ...] = (
     ("subspace/refresh_share", "share of time in refreshes", "share"),
     ("subspace/captured_energy", "captured gradient energy", "share"),
 )
+
+
+def rows_of(metrics: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, Kind]]:
+    """Return the rows of `ROWS` that any of these flat metrics has, and one for each probe where there are several."""
+    names = dict.fromkeys(name for found in metrics for name, value in found.items() if value is not None)
+    probes = [name for name in names if name.startswith("probe/") and name.count("/") > 1]
+    rows = []
+    for row in ROWS:
+        if row[0] in names:
+            rows.append(row)
+        if row[0] == "probe/accuracy" and len(probes) > 1:
+            rows += [(name, f"probe {name.split('/')[1]}", "figure") for name in probes]
+    return rows
 
 
 def write_number(value: Any, kind: Kind) -> str:
@@ -68,59 +86,54 @@ def comparison(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
     table.add_column("")
     for name, _ in runs:
         table.add_column(name, justify="right")
-    for metric, label, kind in ROWS:
-        values = [metrics.get(metric) for _, metrics in runs]
-        if any(value is not None for value in values):
-            table.add_row(label, *(write_number(value, kind) for value in values))
+    for metric, label, kind in rows_of(metrics for _, metrics in runs):
+        table.add_row(label, *(write_number(metrics.get(metric), kind) for _, metrics in runs))
     return table
 
 
-def summary(runs: Sequence[tuple[Path, Results]]) -> Table:
+def summary(runs: Sequence[tuple[Path, Results]], shown: Sequence[tuple[str, str, Kind]] | None = None) -> Table:
     """Return a table of runs grouped by everything but the seed: mean ± sample sd over seeds, best first.
 
-    The best (lowest validation perplexity, or highest accuracy) is marked among runs of the same model, data and
-    length.
+    The best (lowest validation perplexity, or highest accuracy) is marked among runs of the same task. A column says in
+    which of the values that were typed the groups differ, if they do; what all groups share stands above the table.
+
+    Args:
+        runs: (run folder, results).
+        shown: the rows of `rows_of` to show, None for all.
     """
     from rich import box
     from rich.table import Table
 
-    groups: dict[tuple[str, ...], list[Results]] = defaultdict(list)
-    for _, results in runs:
-        groups[group_key(results)].append(results)
-    table = Table(title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("method", "optimizer", "model", "data", "steps", "status"):
-        table.add_column(column)
-    shown = [row for row in ROWS if any(row[0] in r["metrics"] for _, r in runs)]
+    groups = grouping.grouped([results for _, results in runs])
+    told = grouping.differences(list(groups))
+    shown = rows_of(results["metrics"] for _, results in runs) if shown is None else shown
+    values = {name: [group.columns[i] for group in groups] for i, name in enumerate(grouping.COLUMNS)}
+    shared = {
+        name: found[0] for name, found in values.items() if name != "method" and len(groups) > 1 == len(set(found))
+    }
+    head = {"method": values.pop("method"), **({"settings": told} if any(told) else {})}
+    head |= {name: found for name, found in values.items() if name not in shared}
+    table = Table(title_justify="left", title_style="", box=box.SIMPLE_HEAD)
+    table.title = ", ".join(f"{name} {value}" for name, value in shared.items()) or None
+    for column in head:
+        table.add_column(column, no_wrap=column in ("method", "settings"))
     table.add_column("seeds", justify="right")
     for _, label, _ in shown:
         table.add_column(label, justify="right")
-    best: dict[tuple[str, ...], tuple[float, tuple[str, ...]]] = {}
-    for key, members in groups.items():
-        task, score = key[2:5], _score(members)
-        if score is not None and (task not in best or score < best[task][0]):
-            best[task] = (score, key)
-    winners = {key for _, key in best.values()}
-    ordered = sorted(groups, key=lambda k: (k[2:5], score if (score := _score(groups[k])) is not None else math.inf))
-    for key in ordered:
-        members = groups[key]
+    best: dict[grouping.Key, tuple[float, grouping.Group]] = {}
+    for group, members in groups.items():
+        score = _score(members)
+        if score is not None and (group.task not in best or score < best[group.task][0]):
+            best[group.task] = (score, group)
+    winners = {group for _, group in best.values()}
+    scores = {group: math.inf if (found := _score(members)) is None else found for group, members in groups.items()}
+    leading = dict(zip(groups, zip(*head.values(), strict=True), strict=True))
+    for group in sorted(groups, key=lambda g: (g.task, scores[g])):
+        members = groups[group]
         cells = [_mean_sd([m["metrics"].get(metric) for m in members], kind) for metric, _, kind in shown]
-        style = "bold" if key in winners and len(groups) > 1 else None
-        seeds = len({m.get("seed") for m in members})
-        table.add_row(*key, str(seeds), *cells, style=style)
+        style = "bold" if group in winners and len(groups) > 1 else None
+        table.add_row(*leading[group], str(len({m.get("seed") for m in members})), *cells, style=style)
     return table
-
-
-def group_key(results: Results) -> tuple[str, ...]:
-    """Return (method, optimizer, model, data, steps, status): runs that share it are averaged."""
-    choices = results.get("choices", {})
-    return (
-        str(results.get("method", "?")),
-        str(choices.get("optimizer", "?")),
-        str(choices.get("model", "?")),
-        str(choices.get("data", "?")),
-        str(results.get("timing", {}).get("steps", "?")),
-        str(results.get("status", "?")),
-    )
 
 
 def _score(members: Sequence[Results]) -> float | None:

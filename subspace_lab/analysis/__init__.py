@@ -1,0 +1,1 @@
+"""What features look like and what can be read off them linearly. Tensors and arrays in, numbers out."""
