@@ -84,8 +84,8 @@ def test_every_option_says_what_it_is() -> None:
     ("words", "expected"),
     [
         (["met"], {"method=", "method."}),
-        (["method=g"], {"method=galore"}),
-        (["method=none,g"], {"method=none,galore"}),
+        (["method=ga"], {"method=galore"}),
+        (["method=none,ga"], {"method=none,galore"}),
         (["-m", "model=llama_1"], {"model=llama_130m", "model=llama_1b"}),
         (["method=galore", "method.refresh_e"], {"method.refresh_every="}),
         (["resume=a"], {"resume=auto"}),
