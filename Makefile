@@ -35,11 +35,13 @@ format: $(VENV)/.installed-dev ## mend formatting and what lint can mend
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-bench ## CPU times: optimizers beside torch and galore-torch, projections beside a stored one
+bench: $(VENV)/.installed-bench ## CPU times: optimizers beside torch and galore-torch, projections beside a stored one, subspaces beside SVDs
+	$(BIN)/python scripts/bench_manifolds.py $(ARGS)
 	$(BIN)/python scripts/bench_projections.py $(ARGS)
 	$(BIN)/python scripts/bench.py $(ARGS)
 
 bench-gpu: $(VENV)/.installed-bench ## the same on CUDA, with LLaMA-1B and 10^8 parameters
+	$(BIN)/python scripts/bench_manifolds.py --device cuda $(ARGS)
 	$(BIN)/python scripts/bench_projections.py --device cuda $(ARGS)
 	$(BIN)/python scripts/bench.py --device cuda $(ARGS)
 

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from subspace_lab.errors import UserError, did_you_mean
 from subspace_lab.linalg.precision import full_precision, matmul
-from subspace_lab.manifolds.base import Retraction
+from subspace_lab.manifolds.base import Retraction, polar
 from subspace_lab.manifolds.gram import Kind
 from subspace_lab.methods.base import Method
 from subspace_lab.optim.compound import Compound
@@ -158,14 +158,22 @@ def distance(p: Tensor, group: Mapping[str, Any]) -> Tensor:
 
 @full_precision
 @torch.no_grad()
-def place(weight: Tensor, kind: Kind, *, blocks: bool = False) -> None:
-    """Move a weight to the nearest point of its manifold (an averaged one, or one that was drawn freely), in place.
+def place(weight: Tensor, kind: Kind, *, blocks: bool = False, near: bool = False) -> None:
+    """Move a weight to the nearest point of its manifold, in place.
 
-    A rank-deficient matrix has several nearest points and goes to one of them.
+    Args:
+        weight: drawn freely, or an average of points.
+        kind: the manifold.
+        blocks: as in `optim.riemannian`.
+        near: the weight is known to be of full rank; saves the singular value decomposition. Without it a
+            rank-deficient matrix, which has several nearest points, goes to one of them.
     """
     rows = points(weight.detach(), kind, blocks)
-    U, _, Vh = torch.linalg.svd(rows.double(), full_matrices=False)
-    new = U @ Vh
+    if near:
+        new = polar(rows.double().mT).mT
+    else:
+        U, _, Vh = torch.linalg.svd(rows.double(), full_matrices=False)
+        new = U @ Vh
     if not blocks:
         new = new[:, 0] if kind == "sphere" else new[0]
         new = new if new.shape == as_matrix(weight).shape else new.mT
