@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -63,3 +64,13 @@ def linear(
 def constant(optimizer: Optimizer, total_steps: int, *, warmup_steps: int = 0) -> LambdaLR:
     """A constant learning rate, after an optional linear warm-up."""
     return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup_steps + 1)))
+
+
+def steps(
+    optimizer: Optimizer, total_steps: int, *, milestones: Sequence[float] = (0.3, 0.6, 0.9), factor: float = 0.1
+) -> LambdaLR:
+    """Multiply the learning rate by ``factor`` at each milestone, a share of the run in (0, 1)."""
+    if not all(0 < share < 1 for share in milestones):
+        raise UserError(f"scheduler.milestones={list(milestones)}: expected shares of the run between 0 and 1")
+    at = [round(share * total_steps) for share in milestones]
+    return LambdaLR(optimizer, lambda step: factor ** sum(step >= place for place in at))

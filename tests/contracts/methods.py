@@ -55,6 +55,10 @@ class MethodContract:
     def build(self) -> Method:
         raise NotImplementedError
 
+    def plain(self) -> nn.Module:
+        """The module that exported weights belong to: the model itself, unless the method changes its head."""
+        return Tower()
+
     def start(self) -> tuple[Method, nn.Module, Optimizer]:
         method = self.build()
         model = method.prepare(Tower())
@@ -99,7 +103,7 @@ class MethodContract:
     def test_export_is_a_plain_checkpoint(self) -> None:
         method, model, optimizer = self.start()
         step(model, optimizer)
-        plain = Tower()
+        plain = self.plain()
         plain.load_state_dict(method.export(model))
         assert torch.equal(plain(TOKENS), model(TOKENS))
 

@@ -14,6 +14,7 @@ from subspace_lab.build import instantiate
 from subspace_lab.methods.base import Method
 from subspace_lab.methods.full import Full
 from subspace_lab.methods.galore import GaLore
+from subspace_lab.methods.gcr import GCR
 from subspace_lab.methods.intrinsic import IntrinsicDimension
 from subspace_lab.subspaces import SVD, Identity, Random, Randomized
 
@@ -61,6 +62,8 @@ def methods() -> dict[str, Method]:
         "galore randomized": GaLore(Randomized(8), refresh_every=3),
         "galore random": GaLore(Random(8), refresh_every=3),
         "galore identity": GaLore(Identity(), refresh_every=3, scale=1.0),
+        "gcr": GCR(k=3, head_lr=0.05),
+        "gcr release": GCR(k=3, head_lr=0.05, variant="release"),
         "intrinsic dimension": IntrinsicDimension(d=200, lr=0.01),
         "intrinsic dimension said": IntrinsicDimension(d=200, lr=0.01, variant="said"),
     }

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
-from contracts.methods import MethodContract
+from contracts.methods import MethodContract, Tower
+from torch import nn
 
 from subspace_lab.methods.base import Method
 from subspace_lab.methods.full import Full
 from subspace_lab.methods.galore import GaLore
+from subspace_lab.methods.gcr import GCR, CosineSoftmax, Softmax
 from subspace_lab.methods.intrinsic import IntrinsicDimension
+from subspace_lab.methods.manifold import ManifoldMethod
 from subspace_lab.subspaces import SVD, Random, Randomized
 
 
@@ -55,3 +58,39 @@ class TestPerLayerIntrinsicDimension(MethodContract):
 
     def build(self) -> Method:
         return IntrinsicDimension(d=1000, scope="per_layer")
+
+
+class OtherHead(MethodContract):
+    survives_bad_gradients = False  # subspaces do, the body's AdamW does not
+
+    def plain(self) -> nn.Module:
+        return self.build().prepare(Tower())
+
+
+class TestGCR(OtherHead):
+    def build(self) -> Method:
+        return GCR(k=4)
+
+
+class TestGCRRelease(OtherHead):
+    def build(self) -> Method:
+        return GCR(k=[1 + i % 3 for i in range(32)], variant="release")
+
+
+class TestCosineSoftmax(OtherHead):
+    def build(self) -> Method:
+        return CosineSoftmax()
+
+
+class TestSoftmax(MethodContract):
+    survives_bad_gradients = False
+
+    def build(self) -> Method:
+        return Softmax()
+
+
+class TestManifold(MethodContract):
+    survives_bad_gradients = False
+
+    def build(self) -> Method:
+        return ManifoldMethod(stiefel=["mlp"], sphere=["attn"], grassmann=["lm_head"])
