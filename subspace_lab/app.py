@@ -63,6 +63,8 @@ def main(argv: Sequence[str]) -> int:
         # Lightning starts the other ranks of a run with this very command line.
         sys.argv = [sys.argv[0], *options.flags, *overrides]
         _hydra_main()
+        if not options.shows_only:
+            sweeps.tell(overrides)
     except Stop as stop:
         stopped = stop
     except CONFIG_ERRORS as error:

@@ -43,6 +43,8 @@ MAIN_GROUPS = (
     "experiment",
 )
 
+# An entry of a defaults list that is another file of the same group.
+_BUILDS_ON = re.compile(r"^ +- (?!override |_self_|/)\w+$", re.MULTILINE)
 _SIZE = re.compile(r"(\D+|(?<=\d)$|^)(\d*)([kmb]?(?![a-z]))")
 _KEY = re.compile(r"^( *)([A-Za-z_]\w*):(.*)$")
 
@@ -118,7 +120,7 @@ def keys(group: str, option: str | None = None) -> list[str]:
         path = conf_root() / group / f"{name}.yaml"
         if path.is_file():
             found.update(dict.fromkeys(_file_keys(path, group)))
-            if option is not None and "\ndefaults:" in path.read_text(encoding="utf-8"):
+            if option is not None and _BUILDS_ON.search(path.read_text(encoding="utf-8")):
                 return keys(group)  # it builds on another file of the group
     return list(found)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -79,6 +80,17 @@ def prepare(cfg: DictConfig, overrides: list[str], compose: Callable[[list[str]]
     sweep_dir.mkdir(parents=True, exist_ok=True)
     (sweep_dir / rundir.HASH_FILE).write_text(f"{wanted}\n", encoding="utf-8")
     return [f"hydra.sweep.dir={quote(str(sweep_dir))}"]
+
+
+def tell(overrides: Sequence[str]) -> None:
+    """Print the table of a finished sweep's runs, and draw what is drawn over k, if the overrides name its folder."""
+    place = next((text.split("=", 1)[1] for text in reversed(overrides) if text.startswith("hydra.sweep.dir=")), None)
+    if place is None:
+        return
+    from subspace_lab.reporting import report
+
+    with contextlib.suppress(UserError):  # no job has got as far as to write results
+        report.main([place.strip("'").replace("\\'", "'")])
 
 
 def refuse_local_ddp(cfg: DictConfig, hydra_cfg: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from subspace_lab import cli
 from subspace_lab.training import checkpoint
 
 WORDS = ["method=gcr", "model=mlp", "trainer.max_steps=16", "trainer.val_every=8", "trainer.log_every=1"]
@@ -44,8 +46,8 @@ def results(run: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gcr")
-    done = start(folder, *WORDS, f"hydra.run.dir={folder}/one")
-    assert done.returncode == 0, done.stderr
+    with contextlib.chdir(folder):
+        assert cli.main([*WORDS, f"hydra.run.dir={folder}/one"]) == 0
     return folder / "one"
 
 
@@ -74,27 +76,40 @@ def test_two_processes_learn_what_one_does(alone: Path, strategy: str) -> None:
     exported = [load_file(r / "export" / "model.safetensors") for r in (alone, run)]
     assert exported[0].keys() == exported[1].keys()
     assert exported[1]["5.bases.k8"].shape == (10, 8, 100)
-    if strategy == "fsdp":
-        _goes_on(run)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    words = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=64"]
+    assert start(tmp_path, *WORDS, *words, f"hydra.run.dir={tmp_path}/fsdp").returncode == 0
+    copy = _cut_off(tmp_path / "fsdp")
+    done = start(tmp_path, "resume", str(copy))
+    assert done.returncode == 0 and "continuing from step 8" in done.stderr, done.stderr
+    _same(tmp_path / "fsdp", copy)
 
 
 def test_an_interrupted_run_goes_on_bit_for_bit(alone: Path) -> None:
     state = checkpoint.load(checkpoint.path_for(alone, 8))["optimizer_states"][0]
     moments = [s for s in state["state"].values() if "step" in s]
     assert len(moments) == 1 and moments[0]["momentum_buffer"].abs().max() > 0 and moments[0]["step"] == 8
-    _goes_on(alone)
+    copy = _cut_off(alone)
+    with contextlib.chdir(alone.parent):
+        assert cli.main(["resume", str(copy)]) == 0
+    _same(alone, copy)
 
 
-def _goes_on(run: Path) -> None:
+def _cut_off(run: Path) -> Path:
+    """A copy of a run that never got beyond step 8."""
     copy = run.parent / f"{run.name}_again"
     shutil.copytree(run, copy)
     for file in [copy / "results.json", *copy.glob("checkpoints/step_00000016*")]:
         file.unlink()
     words = (copy / ".hydra" / "overrides.yaml").read_text().replace(str(run), str(copy))
     (copy / ".hydra" / "overrides.yaml").write_text(words)
-    done = start(run.parent, "resume", str(copy))
-    assert done.returncode == 0, done.stderr
-    assert "continuing from step 8" in done.stderr
+    return copy
+
+
+def _same(run: Path, copy: Path) -> None:
     names = ("step", "train/loss", "val/loss", "subspace/orthonormality")
     assert rows(copy, *names) == rows(run, *names)
     ends = [checkpoint.load(checkpoint.path_for(r, 16)) for r in (run, copy)]

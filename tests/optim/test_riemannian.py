@@ -291,3 +291,25 @@ def test_mistakes_are_told(message: str, group: dict[str, Any], options: dict[st
 def test_half_precision_is_refused() -> None:
     with pytest.raises(ValueError, match="would round off it"):
         RiemannianSGD([nn.Parameter(torch.randn(4, 9, dtype=torch.bfloat16))])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("momentum", MOMENTA)
+@pytest.mark.parametrize("update", RETRACTIONS)
+def test_on_a_gpu_it_is_the_same_and_never_waits(update: Retraction, momentum: Momentum) -> None:
+    S = bases(5, 4, 64)
+    T = nn.Parameter(S.detach().cuda())
+    here, there = (optimizer_of(p, lr=0.1, update=update, transport=momentum) for p in (S, T))
+    for i in range(5):
+        D = torch.randn(S.shape, generator=torch.Generator().manual_seed(i))
+        S.grad, T.grad = D, D.cuda()
+        here.step()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if i else "default")  # the first step may load libraries
+        try:
+            there.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(T.detach().cpu(), S.detach(), rtol=0, atol=1e-5)
+    assert Grassmann().check(T.detach().mT).max() <= 2e-6

@@ -34,9 +34,8 @@ class Averaging(WeightAveraging):
             raise UserError(f"callbacks: decay={decay}: expected a number between 0 and 1, or null")
         if start < 0:
             raise UserError(f"callbacks: start={start}: expected 0 or more")
-        super().__init__(
-            multi_avg_fn=_of_floats(get_swa_multi_avg_fn() if decay is None else get_ema_multi_avg_fn(decay))
-        )
+        average = get_swa_multi_avg_fn() if decay is None else get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        super().__init__(multi_avg_fn=_of_floats(average))
         self._start = start
         self._points: list[tuple[Tensor, dict[str, Any]]] = []
 
@@ -59,7 +58,9 @@ class Averaging(WeightAveraging):
             if self._start < 1:
                 self._start = int(self._start * trainer.max_steps)
             assert isinstance(pl_module, ExperimentModule) and self._average_model is not None
-            groups = pl_module.method.param_groups(self._average_model.module.model)
+            copied = self._average_model.module
+            assert isinstance(copied, ExperimentModule)
+            groups = pl_module.method.param_groups(copied.model)
             self._points = [(p, group) for group in groups if "manifold" in group for _, p in group["params"]]
 
     def on_train_batch_end(
