@@ -132,7 +132,7 @@ class ImageFolderDataModule(ImageClassificationDataModule):
             raise UserError(f"data.mean={list(mean)} data.std={list(std)}: expected 3 numbers each, std above 0")
         self.global_batch_size, self.shape = global_batch_size, (3, image_size, image_size)
         self._wanted_val, self._wanted_classes = val_size, classes
-        self._num_workers = min(num_workers, len(os.sched_getaffinity(0)))
+        self.num_workers = min(num_workers, len(os.sched_getaffinity(0)))
         self._root = Path(root).expanduser() if root else self._data_dir / dataset
         self._eval_size, self._augment, self._magnitude = eval_size or image_size, augment, magnitude
         self._erasing, self._repeats = erasing, repeated_augment

@@ -65,7 +65,7 @@ class SupervisedDataModule(PositionedDataModule):
     """
 
     has_test = True
-    _num_workers = 0  # processes that prepare batches: none where the examples are in memory
+    num_workers = 0  # processes that prepare batches: none where the examples are in memory
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ class SupervisedDataModule(PositionedDataModule):
     def train_dataloader(self) -> TrainLoader:
         """Endless batches from the current position on."""
         batches = self._train_batches(EpochOrder(self.train_rows, self._seed))
-        return TrainLoader(lambda: self._position.consumed, lambda _: batches, _as_is, self._num_workers)
+        return TrainLoader(lambda: self._position.consumed, lambda _: batches, _as_is, self.num_workers)
 
     def val_dataloader(self) -> ValidationLoader:
         """All validation examples of this process, in order; the last batch may be short."""
@@ -183,7 +183,7 @@ class SupervisedDataModule(PositionedDataModule):
 
     def _in_order(self, part: Examples) -> ValidationLoader:
         batches = ValidationBatches(part, self._eval_batch_size, self._rank, self._world_size)
-        return ValidationLoader(batches, self._num_workers)
+        return ValidationLoader(batches, self.num_workers)
 
     @property
     def _eval_batch_size(self) -> int:

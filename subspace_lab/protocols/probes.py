@@ -57,8 +57,8 @@ class Chosen:
         return self._examples.batch(self._rows[indices])
 
 
-def open_data(cfg: DictConfig, name: str, options: Mapping[str, Any]) -> tuple[Any, DictConfig]:
-    """Return the data module of a probe, with its data found, and its configuration.
+def open_data(cfg: DictConfig, name: str, options: Mapping[str, Any]) -> Any:
+    """Return the data module of a probe, with its data found.
 
     Args:
         cfg: the run's configuration, whose paths hold here too.
@@ -94,15 +94,14 @@ def open_data(cfg: DictConfig, name: str, options: Mapping[str, Any]) -> tuple[A
         module.setup("test")
     except UserError as error:
         raise UserError(f"protocol.probes, {name}: {error.message}", hint=error.hint) from error
-    return module, probe.data
+    return module
 
 
-def source_of(module: Any, node: DictConfig, presentation: Presentation, at_most: int | None) -> Source:
+def source_of(module: Any, presentation: Presentation, at_most: int | None) -> Source:
     """Return a data module's images as a model wants them.
 
     Args:
         module: after `setup`.
-        node: its configuration.
         presentation: what the model wants.
         at_most: training examples, by class in proportion; None is all.
     """
@@ -112,7 +111,7 @@ def source_of(module: Any, node: DictConfig, presentation: Presentation, at_most
     rows = np.arange(len(own))
     if at_most is not None and at_most < len(own):
         rows = np.flatnonzero(stratified(np.asarray(own.labels)[np.asarray(own.rows)], at_most, "probe_examples"))
-    return Source(Chosen(parts.train, rows), parts.test, int(node.get("num_workers", 0)), parts.train.identity())
+    return Source(Chosen(parts.train, rows), parts.test, module.num_workers, parts.train.identity())
 
 
 def options_by_name(probes: Probes) -> dict[str, dict[str, Any]]:

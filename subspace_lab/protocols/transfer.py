@@ -98,16 +98,15 @@ class Transfer(Fit):
         # Sharded weights come together only if every process asks: then all of them look at all images.
         self._collects = plan.rank == 0 or plan.strategy == "fsdp"
         self._head, self._tells = cfg.method.get("head"), plan.progress != "off"
-        self._workers = int(cfg.data.get("num_workers", 0))
+        self._workers = data.num_workers
         if self.probes is None:
-            opened = {data.dataset: (data, cfg.data)}
+            opened = {data.dataset: data}
         else:
             named = probing.options_by_name(self.probes)
             opened = {name: probing.open_data(cfg, name, options) for name, options in named.items()}
         if self._collects:
             self._sources = {
-                name: probing.source_of(*found, data.presentation, self.probe_examples)
-                for name, found in opened.items()
+                name: probing.source_of(found, data.presentation, self.probe_examples) for name, found in opened.items()
             }
 
     @override
