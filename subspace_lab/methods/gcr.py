@@ -70,7 +70,7 @@ class GCR(ManifoldMethod):
         default: Momentum = "ambient" if variant == "release" else "transported"
         super().__init__(grassmann, stiefel, sphere, update, momentum if momentum is not None else default, head_lr)
         self.k, self.gamma, self.variant, self.head = k, gamma, variant, head
-        self._dims: tuple[int, ...] = ()
+        self._shape: dict[str, Tensor | float] = {}
 
     @override
     def prepare(self, model: nn.Module) -> nn.Module:
@@ -87,7 +87,7 @@ class GCR(ManifoldMethod):
                 hint="one number for all classes, or one for each",
             )
         model = replace_head(model, path, GrassmannHead(features, dims, self.gamma))
-        self._dims = tuple(dims)
+        self._shape = {"k": sum(dims) / len(dims), "n": float(features)}
         return super().prepare(model)
 
     @override
@@ -98,9 +98,8 @@ class GCR(ManifoldMethod):
 
     @override
     def metrics(self) -> dict[str, Tensor | float]:
-        """Return k (the mean over classes) and the largest |SᵀS − I|."""
-        own = {"k": sum(self._dims) / len(self._dims)} if self._dims else {}
-        return own | super().metrics()
+        """Return k (the mean over classes), n and the largest |SᵀS − I|."""
+        return self._shape | super().metrics()
 
 
 class Softmax(Method):
