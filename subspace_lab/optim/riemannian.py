@@ -132,10 +132,12 @@ class RiemannianSGD(Optimizer):
             torch._foreach_copy_(S, list(joined[0].split_with_sizes(sizes)))
             if m is not None and joined[1] is not None:
                 torch._foreach_copy_(m, list(joined[1].split_with_sizes(sizes)))
+        if group["blocks"]:
+            return
         tensors = [local(p) for p in members]
         tensors += [local(self.state[p]["momentum_buffer"]) for p in members] if m is not None else []
         for target, source in zip(tensors, S + (m or []), strict=True):
-            if target.untyped_storage().data_ptr() != source.untyped_storage().data_ptr():
+            if not target.is_contiguous():  # its rows may be a copy
                 _write_back(target, source)
 
 

@@ -56,7 +56,7 @@ class Transfer(Fit):
         train_accuracy: bool = False,
         probes: Probes | None = None,
         classifier: Classifier = "logistic",
-        probe_examples: int | None = 50_000,
+        probe_examples: int | None = 10_000,
     ) -> None:
         super().__init__(train_accuracy)
         if probe_examples is not None and probe_examples < 2:
@@ -146,18 +146,27 @@ class Transfer(Fit):
             for name, source in self._sources.items():
                 if interrupt.requested() is not None:
                     raise KeyboardInterrupt
-                self._details[name] = self._probe(collector, name, source, fits)
+                # The run's own test part has been looked at already.
+                test = (features, labels) if self.probes is None else None
+                self._details[name] = self._probe(collector, name, source, fits, test)
         if not fits:
             return {}
         accuracies = {f"probe/{name}/accuracy": found["accuracy"] for name, found in self._details.items()}
         return figures | accuracies | {"probe/accuracy": float(np.mean([*accuracies.values()]))}
 
-    def _probe(self, collector: Collector, name: str, source: probing.Source, fits: bool) -> dict[str, Any]:
+    def _probe(
+        self,
+        collector: Collector,
+        name: str,
+        source: probing.Source,
+        fits: bool,
+        test_part: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> dict[str, Any]:
         from subspace_lab.analysis.probe import linear_probe
 
         began = time.perf_counter()
         train, train_labels = collector.features(source.train, source.num_workers)
-        test, test_labels = collector.features(source.test, source.num_workers)
+        test, test_labels = test_part or collector.features(source.test, source.num_workers)
         if not fits:
             return {}
         arrays = (tensor.cpu().numpy() for tensor in (train, train_labels, test, test_labels))

@@ -58,7 +58,8 @@ def test_the_run_ends_with_all_figures(alone: Path) -> None:
     assert all(0 < float(error) < 2e-6 for (error,) in rows(alone, "subspace/orthonormality") if error)
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_learn_what_one_does(alone: Path, strategy: str) -> None:
     """FSDP gives 5 of the 10 subspaces to each process, whole ones, and every one is stepped where it lies."""
     run = alone.parent / strategy

@@ -57,8 +57,11 @@ def test_recipes_are_the_published_ones(name: str) -> None:
     assert (cfg.trainer.max_epochs, cfg.data.global_batch_size) == (epochs, batch)
     assert (cfg.optimizer.lr, cfg.optimizer.weight_decay, cfg.method.head_lr) == (lr, decay, head_lr)
     steps = epochs * IMAGES / batch
-    assert cfg.scheduler.warmup_ratio * steps == pytest.approx(warmup * IMAGES / batch, abs=1)
-    assert cfg.scheduler.min_ratio * lr == pytest.approx(last)
+    if name == "gcr_vgg13_bn":
+        assert (list(cfg.scheduler.milestones), cfg.scheduler.factor) == ([0.3, 0.6, 0.9], 0.1)
+    else:
+        assert cfg.scheduler.warmup_ratio * steps == pytest.approx(warmup * IMAGES / batch, abs=1)
+        assert cfg.scheduler.min_ratio * lr == pytest.approx(last)
     assert cfg.data.val_size == 0 and cfg.protocol._target_.endswith("Fit")
 
 
@@ -114,7 +117,15 @@ def test_small_experiments_take_each_head(name: str) -> None:
 
 def test_no_experiment_is_forgotten() -> None:
     fixres = {f"gcr_rsb_a{n}_fixres" for n in (1, 2, 3)}
-    assert set(ALL) == {*SMALL, *TOGETHER, *APART, *(f"{name}_softmax" for name in APART), *fixres}
+    others = {"gcr_resnet50d_transfer", *fixres}
+    assert set(ALL) == {*SMALL, *TOGETHER, *APART, *(f"{name}_softmax" for name in APART), *others}
+
+
+def test_transfer_has_a_published_row_of_every_head() -> None:
+    for overrides, entry in (([], "gcr8"), (["method.k=32"], "gcr32"), (["method=cosine_softmax"], "cosine_softmax")):
+        cfg = composed("experiment=gcr_resnet50d_transfer", *overrides)
+        assert cfg.published == f"gcr/transfer/resnet50d/{entry}" and cfg.protocol.classifier == "svm"
+        assert 50 < lookup(cfg.published)["metrics"]["features/intra_class_angle"] < 70
 
 
 def test_the_sweep_over_k() -> None:

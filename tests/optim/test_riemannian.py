@@ -293,6 +293,22 @@ def test_half_precision_is_refused() -> None:
         RiemannianSGD([nn.Parameter(torch.randn(4, 9, dtype=torch.bfloat16))])
 
 
+@pytest.mark.parametrize("momentum", MOMENTA)
+@pytest.mark.parametrize("update", RETRACTIONS)
+def test_on_a_gpu_no_step_asks_for_a_value(update: Retraction, momentum: Momentum) -> None:
+    """Tensors that only have shapes raise as soon as a value is read: what would wait for a GPU."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+    with FakeTensorMode():
+        S = nn.Parameter(torch.empty(10, 4, 64, device="cuda"))
+        S.grad = torch.empty_like(S)
+        optimizer = optimizer_of(S, lr=0.1, update=update, transport=momentum)
+        for _ in range(2):
+            optimizer.step()
+        with pytest.raises(DataDependentOutputException):
+            bool(S.sum() > 0)  # it would be noticed
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("momentum", MOMENTA)
