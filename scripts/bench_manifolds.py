@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads must not count as work
 
 import torch
+from bench_projections import Run, clock
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -28,25 +27,9 @@ from subspace_lab.manifolds import Grassmann
 from subspace_lab.models.heads import GrassmannHead
 from subspace_lab.optim.riemannian import RiemannianSGD
 
-Run = Callable[[], object]
 CLASSES, DIMENSION, FEATURES, BATCH = 1000, 8, 2048, 256
 UPDATES = [(u, m) for m in ("transported", "ambient") for u in ("geodesic", "polar", "qr")]
 ARCS = (1e-3, 0.03, 0.5)
-
-
-def clock(run: Run, device: str) -> float:
-    """Seconds of one call."""
-    if device == "cuda":
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        begin.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3
-    started = time.thread_time()
-    run()
-    return time.thread_time() - started
 
 
 def tall_svd(S: Tensor, D: Tensor) -> Run:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from subspace_lab.linalg.orthonormalize import orthonormalize
 from subspace_lab.linalg.precision import full_precision, matmul, upcast
 from subspace_lab.manifolds.base import OrthonormalColumns, Retraction, check_method, polar, polish
+from subspace_lab.manifolds.gram import cos_sinc
 
 
 class Grassmann(OrthonormalColumns):
@@ -34,7 +34,7 @@ class Grassmann(OrthonormalColumns):
             method: ``polar`` (nearest basis to S + V) and ``qr`` reach the same subspace, O(‖V‖³) from the
                 geodesic's end; polar also keeps the basis there, qr turns it. ``geodesic`` is exact: with VᵀV
                 = W diag(s²) Wᵀ, S W cos(s) Wᵀ + V W (sin(s)/s) Wᵀ (their eq. 2.65 without the tall SVD), then
-                one Newton-Schulz step; its k x k eigh synchronises on CUDA, the other two never do.
+                one Newton-Schulz step. None of the three synchronises.
 
         Returns:
             (..., n, k), ‖SᵀS - I‖ at rounding however many steps are taken.
@@ -46,13 +46,7 @@ class Grassmann(OrthonormalColumns):
             return polar(S + V)
         if method == "qr":
             return orthonormalize(S + V)
-        gram = matmul(V.mT, V).double()
-        finite = torch.isfinite(gram).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
-        squares, W = torch.linalg.eigh(torch.where(finite, gram, torch.zeros_like(gram)))
-        angles = squares.clamp_min(0).sqrt().unsqueeze(-2)
-        cosine = (W * angles.cos()) @ W.mT
-        sinc = (W * torch.sinc(angles / torch.pi)) @ W.mT
-        # V itself carries a NaN on to the result of its own matrix.
+        cosine, sinc = cos_sinc(matmul(V.mT, V).double())
         return polish(matmul(S, cosine.to(S.dtype)) + matmul(V, sinc.to(S.dtype)))
 
     def transport(self, S: Tensor, V: Tensor, S_new: Tensor) -> Tensor:
