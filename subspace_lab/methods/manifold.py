@@ -57,14 +57,13 @@ class ManifoldMethod(Method):
         momentum_factor: float = 0.9,
     ) -> None:
         if lr is not None and lr < 0:
-            raise UserError(f"the learning rate on the manifold is {lr}; it must be 0 or positive")
+            raise UserError(f"method.lr={lr}: expected 0 or a positive number")
         if not 0 <= momentum_factor < 1:
             raise UserError(f"method.momentum_factor={momentum_factor}: expected a number in [0, 1)")
         self.patterns: dict[Kind, Sequence[str]] = {"grassmann": grassmann, "stiefel": stiefel, "sphere": sphere}
         self.update: Retraction = update
         self.momentum: Momentum = momentum
         self.lr, self.momentum_factor = lr, momentum_factor
-        self.reorthonormalize_every = 0
         self._groups: list[dict[str, Any]] = []
 
     @override
@@ -116,7 +115,11 @@ class ManifoldMethod(Method):
 
     @override
     def build_optimizer(self, model: nn.Module, factory: OptimizerFactory) -> Optimizer:
-        """The configured optimizer on all other weights and Riemannian SGD on these, as one optimizer."""
+        """The configured optimizer on all other weights and Riemannian SGD on these, as one optimizer.
+
+        Raises:
+            UserError: a weight on a manifold is in half precision, or a matrix that has to be whole is sharded.
+        """
         probe = factory([{"params": [nn.Parameter(torch.zeros(1, 1))], "kind": "matrix"}])
         lr = self.lr
         if lr is None:
@@ -129,9 +132,11 @@ class ManifoldMethod(Method):
             transport=self.momentum,
             reorthonormalize_every=self._reorthonormalize_every(probe),
         )
-        optimizer = Compound(
-            self.param_groups(model), lambda group: "manifold" in group, {False: factory, True: riemannian}
-        )
+        groups = self.param_groups(model)
+        for group in groups:
+            for name, p in group["params"] if "manifold" in group else ():
+                _check(name, p, group)
+        optimizer = Compound(groups, lambda group: "manifold" in group, {False: factory, True: riemannian})
         self._groups = [group for group in optimizer.param_groups if "manifold" in group]
         return optimizer
 
@@ -143,6 +148,17 @@ class ManifoldMethod(Method):
         """Return the largest |SᵀS − I| over the points of this process: a device scalar."""
         errors = [distance(p, group) for group in self._groups for p in group["params"]]
         return {"orthonormality": torch.stack(errors).amax()} if errors else {}
+
+
+def _check(name: str, p: Tensor, group: Mapping[str, Any]) -> None:
+    """Say in the run's words what `RiemannianSGD` would refuse."""
+    if p.dtype in (torch.float16, torch.bfloat16):
+        kind = str(p.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{name} is on a manifold and needs float32, not {kind}", hint="trainer.precision=bf16-mixed or 32-true"
+        )
+    if hasattr(p, "to_local") and not group["blocks"] and group["manifold"] != "sphere":
+        raise UserError(f"{name} is one matrix on a manifold, which trainer=fsdp cuts", hint="trainer=ddp")
 
 
 @full_precision

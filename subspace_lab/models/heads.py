@@ -81,9 +81,8 @@ class GrassmannHead(nn.Module):
 
     @torch.no_grad()
     def orthonormality(self) -> Tensor:
-        """Largest |S_iᵀ S_i − I| over the classes (of this process's shard)."""
-        found = [Grassmann().check(_local(S).mT).amax() for S in self.bases.values() if _local(S).numel()]
-        return torch.stack(found).amax() if found else torch.zeros(())
+        """Largest |S_iᵀ S_i − I| over the classes, a scalar on the device."""
+        return torch.stack([Grassmann().check(S.mT).amax() for S in self.bases.values()]).amax()
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -189,7 +188,3 @@ def _random_bases(rows: Tensor, key: int) -> Tensor:
 def _check_gamma(gamma: float) -> None:
     if not (gamma > 0 and math.isfinite(gamma)):
         raise UserError(f"method.gamma={gamma}: expected a positive number")
-
-
-def _local(t: Tensor) -> Tensor:
-    return t.to_local() if hasattr(t, "to_local") else t

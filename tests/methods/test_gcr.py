@@ -201,6 +201,10 @@ def test_the_rest_of_the_model_stays(method: Any) -> None:
             "matches 0.weight, which is on the stiefel",
             lambda: ManifoldMethod(stiefel=["0"], sphere=["0"]).prepare(net()),
         ),
+        (
+            "0.weight is on a manifold and needs float32, not bfloat16.*bf16-mixed",
+            lambda: ManifoldMethod(stiefel=["0.weight"]).build_optimizer(net().bfloat16(), BODIES["sgd"]),
+        ),
         ("no weight of this model is on a manifold", lambda: ManifoldMethod().param_groups(net())),
     ],
 )
