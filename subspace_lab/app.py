@@ -30,7 +30,7 @@ from subspace_lab.hydra_errors import CONFIG_ERRORS, explain, explain_null
 from subspace_lab.training.environment import quiet_lightning
 
 log = logging.getLogger(__name__)
-NO_CHOICE = ("subspace", "experiment", "hparams_search", "debug")  # null in conf/config.yaml
+NO_CHOICE = ("subspace", "scenario", "experiment", "hparams_search", "debug")  # null in conf/config.yaml
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 # Cached, so that every use in a run and every job of a sweep sees one id.

@@ -85,6 +85,7 @@ def build_model_for(cfg: DictConfig, known: Mapping[str, Any]) -> nn.Module:
             "data_shape": "images",
             "data_tokens": "labelled sentences",
             "data_observation": "an environment",
+            "data_sequence_tokens": "text-to-text tasks",
         }
         kind = " and ".join(kinds[name] for name in sorted(wanted & kinds.keys() - known.keys()))
         given = " and ".join(kinds[name] for name in sorted(known.keys() & kinds.keys()))

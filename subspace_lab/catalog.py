@@ -26,6 +26,7 @@ PLURALS = {
     "trainers": "trainer",
     "loggers": "logger",
     "protocols": "protocol",
+    "scenarios": "scenario",
     "experiments": "experiment",
     "searches": "hparams_search",
 }
@@ -37,6 +38,7 @@ MAIN_GROUPS = (
     "scheduler",
     "model",
     "data",
+    "scenario",
     "protocol",
     "trainer",
     "logger",

@@ -128,7 +128,7 @@ def _finish(
     """Complete results.json, draw the curves, print the table and, as the last line, the run folder."""
     from rich.console import Console
 
-    from subspace_lab.reporting import plots, published, tables
+    from subspace_lab.reporting import accuracy_matrix, plots, published, tables
 
     RunRecord(run_dir, {}, writes=True).rewrite(
         found | {"compared_with": [str(f.name) for _, f, _ in runs[1:]]}, "completed"
@@ -137,9 +137,13 @@ def _finish(
         _show_search(cfg, run_dir, found["search"])
         print(run_dir)
         return
+    console = Console()
+    if "continual" in found:
+        section, target = found["continual"], run_dir / "plots" / accuracy_matrix.FILE
+        accuracy_matrix.draw(section, target, f"{cfg.name}, seed {cfg.seed}")
+        console.print(f"\n{accuracy_matrix.headline(section)}", accuracy_matrix.table(section), sep="\n")
     title = f"{cfg.name}, seed {cfg.seed}, {found['timing'].get('steps', 0)} steps"
     plots.draw_loss([(label, folder) for label, folder, _ in runs], run_dir / "plots" / "loss.png", title)
-    console = Console()
     console.print(f"\n{title}")
     console.print(tables.comparison([(label, r["metrics"]) for label, _, r in runs]))
     lost = sorted(name for name, value in found["metrics"].items() if value is None or not math.isfinite(value))

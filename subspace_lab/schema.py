@@ -28,7 +28,7 @@ from subspace_lab.signatures import locate, schema_of
 RESERVED = frozenset({"_target_", "_partial_", "_recursive_", "_convert_", "_args_", "name", "recipe"})
 
 # Where a bare word is most likely meant.
-_LIKELY = ("method", "optimizer", "trainer", "data", "model", "scheduler", "subspace", "logger", "protocol")
+_LIKELY = ("method", "optimizer", "trainer", "data", "model", "scheduler", "subspace", "logger", "protocol", "scenario")
 _ALIAS = re.compile(r"\$\{([\w.]+)\}$")
 
 Node = Mapping[str, Any] | None
@@ -47,6 +47,7 @@ class Root:
     export: bool
     published: str | None
     protocol: Node
+    scenario: Node
     model: Node
     data: Node
     optimizer: Node
@@ -152,7 +153,7 @@ def to_plain(cfg: Any, prefix: str = "") -> Any:
     if isinstance(cfg, DictConfig):
         if cfg._is_none():
             return None
-        return {str(key): to_plain(read(cfg, str(key), prefix), _join(prefix, key)) for key in cfg}
+        return {str(key): to_plain(read(cfg, key, prefix), _join(prefix, key)) for key in cfg}  # type: ignore[arg-type]
     if isinstance(cfg, ListConfig):
         return [to_plain(read(cfg, index, prefix), _join(prefix, index)) for index in range(len(cfg))]
     return cfg
@@ -187,8 +188,9 @@ def _check_node(node: DictConfig, path: str) -> None:
         if not isinstance(target, str):
             raise UserError(f"{path}._target_: expected the dotted path of a class or function, got {target!r}")
         parameters, open_ended = schema_of(locate(target, path))
-    for key in map(str, node):
-        value = read(node, key, path)
+    for key in node:  # of a table that was typed, a number too
+        value = read(node, key, path)  # type: ignore[arg-type]
+        key = str(key)
         full_key = f"{path}.{key}"
         if key in parameters:
             check_value(value, parameters[key], _original(node, key) or full_key)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import Dataset
 from typing_extensions import override
 
+from subspace_lab.data.joined import DivisibleExamples
+from subspace_lab.data.loaders import AugmentedBatches
 from subspace_lab.data.mixing import MixedBatches
 from subspace_lab.data.order import EpochOrder
 from subspace_lab.data.packing import Batch
@@ -79,6 +81,16 @@ class ImageClassificationDataModule(SupervisedDataModule):
 
     @property
     @abstractmethod
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, by number."""
+
+    @property
+    def outputs(self) -> int:
+        """Columns that labels may name: the classes, or all columns of the sequence that this is a task of."""
+        return self.classes if self._outputs is None else self._outputs
+
+    @property
+    @abstractmethod
     def presentation(self) -> Presentation:
         """How a model trained on these images wants its images."""
 
@@ -89,14 +101,14 @@ class ImageClassificationDataModule(SupervisedDataModule):
     @override
     def model_arguments(self) -> dict[str, Any]:
         """`data_shape` (channels, height, width) and `data_classes`."""
-        return {"data_shape": self.shape, "data_classes": self.classes}
+        return {"data_shape": self.shape, "data_classes": self.outputs}
 
     @override
     def blank_batch(self) -> tuple[Batch, str]:
         """A batch of zeros, and its shape in words."""
         labels = torch.zeros(self.batch_size, dtype=torch.int64)
         if self._mixup or self._cutmix:
-            labels = torch.full((self.batch_size, self.classes), 1 / self.classes)
+            labels = torch.full((self.batch_size, self.outputs), 1 / self.outputs)
         text = f"{self.batch_size} images of {'×'.join(map(str, self.shape))}"
         return {"inputs": torch.zeros(self.batch_size, *self.shape), "labels": labels}, text
 
@@ -110,11 +122,12 @@ class ImageClassificationDataModule(SupervisedDataModule):
         batches = self._plain_batches(order)
         if not (self._mixup or self._cutmix):
             return batches
-        return MixedBatches(batches, self.classes, self._mixup, self._cutmix, order.seed, self._rank, self._world_size)
+        return MixedBatches(batches, self.outputs, self._mixup, self._cutmix, order.seed, self._rank, self._world_size)
 
     def _plain_batches(self, order: EpochOrder) -> Dataset[Batch]:
         """Training batches before they are mixed."""
-        return super()._train_batches(order)
+        train: DivisibleExamples = cast(DivisibleExamples, self.parts.train)
+        return AugmentedBatches(train, order, self.batch_size, self._rank, self._world_size)
 
     @override
     def describe(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 
@@ -10,8 +11,8 @@ import torch
 from typing_extensions import override
 
 from subspace_lab.data.augmentation import Transform, read_picture
+from subspace_lab.data.changes import Change
 from subspace_lab.data.image_listing import Listing
-from subspace_lab.data.loaders import TrainBatches
 from subspace_lab.data.mixing import borrowed_generators, seed_generators
 from subspace_lab.data.order import EpochOrder, Indices
 from subspace_lab.data.packing import Batch
@@ -27,13 +28,25 @@ class FolderExamples:
         transform: from a picture to float32 (channels, height, width).
         channels: of the pictures: 1 or 3.
         content: names what the transform does.
+        training: the transform of training images; null: the same.
+        change: what is done to all images besides, and what black is after the transforms, (channels, 1, 1).
     """
 
     def __init__(
-        self, listing: Listing, labels: Indices, rows: Indices, transform: Transform, channels: int, content: str
+        self,
+        listing: Listing,
+        labels: Indices,
+        rows: Indices,
+        transform: Transform,
+        channels: int,
+        content: str,
+        training: Transform | None = None,
+        change: Change | None = None,
+        black: torch.Tensor | None = None,
     ) -> None:
         self.listing, self.labels, self.rows = listing, labels, rows
         self._transform, self._channels, self._content = transform, channels, content
+        self._training, self._change, self._black = training or transform, change, black
 
     def presented(self, transform: Transform, channels: int, content: str) -> FolderExamples:
         """The same images through another transform."""
@@ -42,19 +55,48 @@ class FolderExamples:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def targets(self) -> Indices:
+        """Label of each example, int64 (m,)."""
+        return self.labels[self.rows]
+
+    def chosen(self, indices: Indices, numbers: Indices, change: Change | None) -> FolderExamples:
+        """Examples `indices`, of which those of class c are called `numbers[c]`, changed by `change`."""
+        part = copy.copy(self)
+        part.__dict__.pop("_identity", None)
+        labels = np.where(self.labels >= 0, numbers[self.labels], -1)
+        part.labels, part.rows, part._change = labels, self.rows[indices], change
+        return part
+
     def batch(self, indices: Indices) -> Batch:
         """Examples `indices`: `inputs` float32 (b, channels, height, width) and `labels` int64 (b,)."""
         rows = self.rows[indices]
-        images = [self.image(int(row), self._transform) for row in rows]
-        return {"inputs": torch.stack(images), "labels": torch.from_numpy(self.labels[rows])}
+        return self._batch([self._image(int(row), self._transform) for row in rows], rows)
 
-    def image(self, row: int, transform: Transform) -> torch.Tensor:
-        """Image `row` of the listing through a transform."""
+    def augmented(self, indices: Indices, places: Indices, seed: int) -> Batch:
+        """As `batch`, for training: what happens to example i depends on `seed` and `places[i]` alone."""
+        rows = self.rows[indices]
+        images = []
+        with borrowed_generators():
+            for place, row in zip(places, rows, strict=True):
+                seed_generators("augment/1", seed, int(place))
+                images.append(self._image(int(row), self._training))
+        return self._batch(images, rows)
+
+    def _image(self, row: int, transform: Transform) -> torch.Tensor:
         return transform(read_picture(self.listing.path(row), self._channels))
+
+    def _batch(self, images: list[torch.Tensor], rows: Indices) -> Batch:
+        inputs = torch.stack(images)
+        if self._change is not None:
+            black = torch.zeros(1, 1, 1) if self._black is None else self._black
+            inputs = self._change(inputs, black)
+        return {"inputs": inputs, "labels": torch.from_numpy(self.labels[rows])}
 
     @functools.cached_property
     def _identity(self) -> str:
-        digest = hashlib.blake2b(f"{self.listing.identity()}/{self._content}".encode(), digest_size=16)
+        content = self._content if self._change is None else f"{self._content}/{self._change.identity()}"
+        digest = hashlib.blake2b(f"{self.listing.identity()}/{content}".encode(), digest_size=16)
         for array in (self.rows, self.labels[self.rows]):
             digest.update(array.tobytes())
         return digest.hexdigest()
@@ -62,37 +104,6 @@ class FolderExamples:
     def identity(self) -> str:
         """Hash of the files' names and sizes, their classes and the transform; the pixels are not read for it."""
         return self._identity
-
-
-class AugmentedBatches(TrainBatches):
-    """Training batches whose images are augmented.
-
-    What is drawn for element p of the training sequence is a function of (seed, p): neither the number of processes or
-    workers nor where a run was resumed changes an image.
-    """
-
-    def __init__(
-        self,
-        examples: FolderExamples,
-        transform: Transform,
-        order: EpochOrder,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        super().__init__(examples, order, batch_size, rank, world_size)
-        self._examples, self._transform = examples, transform
-
-    @override
-    def __getitem__(self, index: int) -> Batch:
-        rows = self._examples.rows[self._order.batch(index, self._batch_size, self._rank, self._world_size)]
-        first = (index * self._world_size + self._rank) * self._batch_size
-        images = []
-        with borrowed_generators():
-            for place, row in enumerate(rows, start=first):
-                seed_generators("augment/1", self._order.seed, place)
-                images.append(self._examples.image(int(row), self._transform))
-        return {"inputs": torch.stack(images), "labels": torch.from_numpy(self._examples.labels[rows])}
 
 
 class RepeatedOrder(EpochOrder):

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 from typing_extensions import override
 
 from subspace_lab.data.augmentation import Augment, Interpolation, Looks
 from subspace_lab.data.classifying import ImageClassificationDataModule, choose_classes
 from subspace_lab.data.documents import hash_text
-from subspace_lab.data.folder_examples import AugmentedBatches, FolderExamples, RepeatedOrder
-from subspace_lab.data.image_listing import Listing, class_names, listing
+from subspace_lab.data.folder_examples import FolderExamples, RepeatedOrder
+from subspace_lab.data.folder_layout import Layout
+from subspace_lab.data.image_listing import Listing
 from subspace_lab.data.order import EpochOrder
 from subspace_lab.data.packing import Batch
 from subspace_lab.data.presentation import Presentation
@@ -25,7 +27,6 @@ from subspace_lab.data.supervised import Parts
 from subspace_lab.errors import UserError
 from subspace_lab.training.tasks import ClassificationLoss
 
-_VALIDATION = ("val", "valid", "validation")
 _MOST = 10_000  # images held out where nobody says how many
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -38,12 +39,13 @@ class ImageFolderDataModule(ImageClassificationDataModule):
     * train, val and test: as they are.
     * train and val (ImageNet): `val_size` images of train are held out to choose by; **val is the test part**.
     * train and test: `val_size` images of train are held out to choose by.
-    * train alone: `val_size` images are held out to choose by and as many for the test part.
+    * train alone: `val_size` images are held out to choose by and as many (or `test_share`) for the test part.
 
-    val may be called valid or validation; a test folder without class folders (ImageNet's) counts as absent. Images are
-    held out each class in proportion, the same ones in every run. Batches are `{"inputs": float32 (b, 3, image_size,
-    image_size), "labels": int64 (b,)}`, with `mixup` or `cutmix` labels float32 (b, classes). Order, augmentation and
-    mixing are functions of the seed and the place in the training sequence alone.
+    val may be called valid or validation; a test folder without class folders (ImageNet's) counts as absent; see
+    `Layout` for class folders without a train folder, and for lists of images. Images are held out each class in
+    proportion, the same ones in every run. Batches are `{"inputs": float32 (b, 3, image_size, image_size), "labels":
+    int64 (b,)}`, with `mixup` or `cutmix` labels float32 (b, classes). Order, augmentation and mixing are functions of
+    the seed and the place in the training sequence alone.
 
     Args:
         dataset: its name.
@@ -52,6 +54,7 @@ class ImageFolderDataModule(ImageClassificationDataModule):
         global_batch_size: images per optimizer step over all processes; the trainer reaches it by accumulation.
         val_size: images held out of train to choose models by. null: a tenth, at most 10,000. 0 trains on everything;
             validation then is a tenth (at most 10,000) of what is trained on: a curve, no evidence.
+        test_share: share of the images to report on where there is neither val nor test; null: as many as val_size.
         train_fraction: share of the remaining training set to train on, in (0, 1]; smaller shares lie in larger ones.
         classes: keep only the images of these classes (names of folders, or their places in sorted order), numbered
             anew in this order; null keeps all.
@@ -83,6 +86,7 @@ class ImageFolderDataModule(ImageClassificationDataModule):
         batch_size: int = 64,
         global_batch_size: int | None = None,
         val_size: int | None = None,
+        test_share: float | None = None,
         train_fraction: float = 1.0,
         classes: Sequence[int | str] | None = None,
         image_size: int = 224,
@@ -123,7 +127,8 @@ class ImageFolderDataModule(ImageClassificationDataModule):
         ):
             if number < least:
                 raise UserError(f"data.{name}={number}: expected at least {least}")
-        for name, share in (("crop_ratio", crop_ratio), ("erasing", erasing)):
+        shares = (("crop_ratio", crop_ratio), ("erasing", erasing), ("test_share", test_share or 0.0))
+        for name, share in shares:
             if not 0 <= share <= 1 or (name == "crop_ratio" and not share):
                 raise UserError(f"data.{name}={share}: expected a number from 0 to 1")
         if not 0 <= magnitude <= 10:
@@ -131,32 +136,27 @@ class ImageFolderDataModule(ImageClassificationDataModule):
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise UserError(f"data.mean={list(mean)} data.std={list(std)}: expected 3 numbers each, std above 0")
         self.global_batch_size, self.shape = global_batch_size, (3, image_size, image_size)
-        self._wanted_val, self._wanted_classes = val_size, classes
+        self._wanted_val, self._test_share, self._wanted_classes = val_size, test_share, classes
         self.num_workers = min(num_workers, len(os.sched_getaffinity(0)))
         self._root = Path(root).expanduser() if root else self._data_dir / dataset
+        self._layout = Layout(self._root, dataset, self._cache_dir)
         self._eval_size, self._augment, self._magnitude = eval_size or image_size, augment, magnitude
         self._erasing, self._repeats = erasing, repeated_augment
         self._mean, self._std = tuple(map(float, mean)), tuple(map(float, std))
         self._interpolation, self._crop_ratio = interpolation, crop_ratio
         self._sources: dict[str, str] = {}
 
-    @functools.cached_property
-    def _names(self) -> tuple[str, ...]:
-        """Names of all classes, by the folders of train."""
-        names = class_names(self._root / "train")
-        if len(names) < 2:
-            found = f"{len(names)} class folders" if (self._root / "train").is_dir() else "no such folder"
-            raise UserError(
-                f"data={self.dataset}: {self._root / 'train'}: {found}; expected train/<class>/… with images",
-                hint="data.root=/some/folder, or SUBSPACE_DATA=/some/folder with it inside",
-            )
-        return names
+    @property
+    @override
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes that are kept, by number; looks at the names of the folders."""
+        return tuple(self._layout.names[old] for old in self._kept)
 
     @functools.cached_property
     def _kept(self) -> list[int]:
         if self._wanted_classes is None:
-            return list(range(len(self._names)))
-        return choose_classes(self._wanted_classes, self._names, self.dataset)
+            return list(range(len(self._layout.names)))
+        return choose_classes(self._wanted_classes, self._layout.names, self.dataset)
 
     @property
     @override
@@ -191,14 +191,17 @@ class ImageFolderDataModule(ImageClassificationDataModule):
     @override
     def _load(self) -> Parts:
         train, labels = self._part("train")
-        val_folder = next((name for name in _VALIDATION if class_names(self._root / name)), None)
-        has_test = bool(class_names(self._root / "test"))
+        val_folder, has_test = self._layout.validation, self._layout.has_test
         rows = np.flatnonzero(labels >= 0)
         looks = self._looks(self.presentation)
         transform = looks.evaluation()
+        training = Looks(self.shape[1:], self._mean, self._std, self._interpolation, self._crop_ratio).training(
+            self._augment, self._magnitude, self._erasing
+        )
+        black = -torch.tensor(self._mean)[:, None, None] / torch.tensor(self._std)[:, None, None]
 
         def part(listed: Listing, labels: Indices, rows: Indices) -> FolderExamples:
-            return FolderExamples(listed, labels, rows, transform, 3, repr([looks, 3]))
+            return FolderExamples(listed, labels, rows, transform, 3, repr([looks, 3]), training, None, black)
 
         def whole(name: str) -> FolderExamples:
             listed, labels = self._part(name)
@@ -222,12 +225,13 @@ class ImageFolderDataModule(ImageClassificationDataModule):
         if has_test or val_folder:
             test = whole(self._sources["test"])
         else:
-            if not wanted:
+            reported = wanted if self._test_share is None else round(self._test_share * len(rows))
+            if not reported:
                 raise UserError(
                     f"data.val_size=0: {self._root} has neither val nor test, and nothing would be left to report on",
-                    hint=f"data.val_size={max(1, len(rows) // 10)}",
+                    hint=f"data.val_size={max(1, len(rows) // 10)}, or data.test_share=0.2",
                 )
-            rows, chosen = self._split(rows, labels, wanted, "test")
+            rows, chosen = self._split(rows, labels, reported, "test")
             test = part(train, labels, chosen)
         if wanted:
             rows, chosen = self._split(rows, labels, wanted, "validation")
@@ -237,15 +241,8 @@ class ImageFolderDataModule(ImageClassificationDataModule):
 
     def _part(self, name: str) -> tuple[Listing, Indices]:
         """A folder's images and the class of each among those kept, -1 where it is none of them."""
-        new = {self._names[old]: number for number, old in enumerate(self._kept)}
-        listed = listing(self._root / name, self._cache_dir)
-        unknown = sorted(set(listed.names) - set(self._names))
-        if unknown:
-            raise UserError(
-                f"data={self.dataset}: class folder {listed.folder / unknown[0]} has no counterpart in "
-                f"{self._root / 'train'}" + (f", nor have {len(unknown) - 1} others" if unknown[1:] else ""),
-                hint="every class must be in train",
-            )
+        new = {self._layout.names[old]: number for number, old in enumerate(self._kept)}
+        listed = self._layout.listing(name)
         return listed, np.asarray([new.get(name, -1) for name in listed.names], dtype=np.int64)[listed.labels]
 
     def _split(self, rows: Indices, labels: Indices, count: int, purpose: str) -> tuple[Indices, Indices]:
@@ -264,13 +261,9 @@ class ImageFolderDataModule(ImageClassificationDataModule):
 
     @override
     def _plain_batches(self, order: EpochOrder) -> Dataset[Batch]:
-        looks = Looks(self.shape[1:], self._mean, self._std, self._interpolation, self._crop_ratio)
-        transform = looks.training(self._augment, self._magnitude, self._erasing)
-        train = self.parts.train
-        assert isinstance(train, FolderExamples)
         if self._repeats > 1:
             order = RepeatedOrder(order.n_rows, order.seed, self._repeats)
-        return AugmentedBatches(train, transform, order, self.batch_size, self._rank, self._world_size)
+        return super()._plain_batches(order)
 
     @override
     def _fingerprint(self) -> str:
@@ -286,7 +279,7 @@ class ImageFolderDataModule(ImageClassificationDataModule):
         """What results.json records about the data; after `setup`."""
         return super().describe() | {
             "parts": self._sources,
-            **({"kept_classes": [self._names[old] for old in self._kept]} if self._wanted_classes is not None else {}),
+            **({"kept_classes": list(self.class_names)} if self._wanted_classes is not None else {}),
             "eval_size": self._eval_size,
             "crop_ratio": self._crop_ratio,
             "interpolation": self._interpolation,

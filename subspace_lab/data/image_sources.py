@@ -1,8 +1,9 @@
-"""Where small image sets come from, as uint8 tensors: scikit-learn's digits, MNIST and its like, CIFAR, USPS, GTSRB."""
+"""Where small image sets come from, as uint8 tensors: scikit-learn's digits, MNIST and its like, CIFAR, and others."""
 
 from __future__ import annotations
 
 import hashlib
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +17,9 @@ from subspace_lab.data.hub import hub_error, require_network
 from subspace_lab.data.image_trees import Tensors, class_folders, decoded, semicolon_table
 from subspace_lab.errors import UserError
 
-Dataset = Literal["digits", "mnist", "fashion_mnist", "kmnist", "notmnist", "usps", "cifar10", "cifar100", "gtsrb"]
+Dataset = Literal[
+    "digits", "mnist", "fashion_mnist", "kmnist", "notmnist", "usps", "cifar10", "cifar100", "gtsrb", "svhn"
+]
 DIGITS_TEST = 360
 
 
@@ -45,6 +48,7 @@ KINDS = {
     "cifar10": Kind((3, 32, 32)),
     "cifar100": Kind((3, 32, 32), classes=100),
     "gtsrb": Kind((3, 32, 32), classes=43),
+    "svhn": Kind((3, 32, 32)),
 }
 
 _HINT = "SUBSPACE_DATA=/some/folder or data.data_dir=/some/folder says where data lies; data=digits needs none"
@@ -80,7 +84,7 @@ def load(dataset: str, data_dir: Path, cache_dir: Path) -> ImageSet:
 
     Args:
         dataset: a key of `KINDS`.
-        data_dir: where data lies; MNIST and its like and USPS are downloaded to it where they are absent.
+        data_dir: where data lies; MNIST and its like, USPS and SVHN are downloaded to it where they are absent.
         cache_dir: where decoded images are kept.
 
     Raises:
@@ -93,6 +97,8 @@ def load(dataset: str, data_dir: Path, cache_dir: Path) -> ImageSet:
         parts = _cifar(dataset, data_dir, cache_dir)
     elif dataset == "gtsrb":
         parts = _gtsrb(data_dir, cache_dir)
+    elif dataset == "svhn":
+        parts = _svhn(data_dir)
     elif dataset == "usps":
         parts = _usps(data_dir)
     else:
@@ -177,15 +183,37 @@ def _usps(data_dir: Path) -> Tensors:
     return found[0], found[1], found[2], found[3]
 
 
-def _download(kind: Any, url: str, folder: Path, dataset: str, where: Path) -> None:
+def _svhn(data_dir: Path) -> Tensors:
+    """The cropped digits, MATLAB files of images (32, 32, 3, n) and labels (n, 1), where 10 is the digit 0."""
+    from scipy.io import loadmat  # type: ignore[import-untyped]
+    from torchvision.datasets import SVHN
+
+    folder = data_dir / "svhn"
+    paths = [folder / SVHN.split_list[part][1] for part in ("train", "test")]
+    if not all(path.is_file() for path in paths):
+        _download(SVHN, SVHN.split_list["train"][0], folder, "svhn", folder, parts=("train", "test"))
+    found: list[Tensor] = []
+    try:
+        for path in paths:
+            content = loadmat(str(path))
+            labels = torch.from_numpy(content["y"].astype(np.int64).flatten())
+            found += [torch.from_numpy(content["X"]).permute(3, 2, 0, 1).contiguous(), labels % 10]
+    except (*_UNREADABLE, TypeError, zlib.error) as error:
+        raise UserError(f"data=svhn: the files in {folder} cannot be read ({error})", hint=_HINT) from error
+    return found[0], found[1], found[2], found[3]
+
+
+def _download(
+    kind: Any, url: str, folder: Path, dataset: str, where: Path, parts: tuple[str, ...] | None = None
+) -> None:
     from filelock import FileLock
 
     try:
         require_network(url)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".download.lock"):
-            for train in (True, False):
-                kind(folder, train=train, download=True)
+            for chosen in [{"train": True}, {"train": False}] if parts is None else [{"split": part} for part in parts]:
+                kind(folder, **chosen, download=True)
     except (OSError, RuntimeError) as error:
         raise hub_error(f"data={dataset}: no {kind.__name__} files in {where}", url, error, _HINT) from error
 

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import torch.utils.data
 from torch import Tensor
 from typing_extensions import override
 
 from subspace_lab.data.classifying import ImageClassificationDataModule, choose_classes
+from subspace_lab.data.image_examples import Augment, Fit, ImageExamples, Look
 from subspace_lab.data.image_sources import KINDS, Dataset, ImageSet, load
-from subspace_lab.data.loaders import TrainBatches
-from subspace_lab.data.order import EpochOrder
-from subspace_lab.data.packing import Batch
 from subspace_lab.data.presentation import Presentation, PresentedExamples
 from subspace_lab.data.splits import Indices, fixed_integers, fixed_order
 from subspace_lab.data.supervised import Parts
 from subspace_lab.errors import UserError
-from subspace_lab.linalg.random import derive_key, random_bits
 from subspace_lab.training.tasks import ClassificationLoss
-
-Augment = Literal["none", "crop_flip"]
-_PAD = 4  # pixels around an image that a crop may reach into
 
 
 class ImageDataModule(ImageClassificationDataModule):
@@ -46,7 +38,11 @@ class ImageDataModule(ImageClassificationDataModule):
         shuffle_pixels: put the pixels of all images into one other, fixed order.
         shuffle_labels: train on labels drawn uniformly at random, once (Zhang et al. 2017); held-out and test images
             keep their own.
-        augment: crop_flip: train on random crops of the image padded by 4 pixels, mirrored half of the time.
+        augment: crop_flip: train on random crops of the image padded by 4 pixels, mirrored half of the time;
+            random_resized_crop: on random boxes of it, enlarged and mirrored.
+        image_size: side of the images in pixels; null is their own.
+        fit: how they are brought to image_size: resize, or pad: on a black ground.
+        colour: give grey images three equal channels.
         classes: keep only the images of these classes, numbered anew in this order; null keeps all.
         mixup: α of Mixup on training batches; 0 is without.
         cutmix: α of CutMix; 0 is without. With both, each batch takes one of the two at random.
@@ -67,6 +63,9 @@ class ImageDataModule(ImageClassificationDataModule):
         shuffle_pixels: bool = False,
         shuffle_labels: bool = False,
         augment: Augment = "none",
+        image_size: int | None = None,
+        fit: Fit = "resize",
+        colour: bool = False,
         classes: Sequence[int] | None = None,
         mixup: float = 0.0,
         cutmix: float = 0.0,
@@ -90,7 +89,7 @@ class ImageDataModule(ImageClassificationDataModule):
         if dataset not in KINDS:
             raise UserError(f"data.dataset={dataset}: no such image set", hint=f"one of {', '.join(KINDS)}")
         self._kind = KINDS[dataset]
-        self.shape = self._kind.shape
+        self.shape = self._inputs_shape(image_size, fit, colour)
         self._kept: list[int] | None = None
         if classes is not None:
             self._kept = choose_classes(classes, [str(number) for number in range(self._kind.classes)], dataset)
@@ -101,15 +100,30 @@ class ImageDataModule(ImageClassificationDataModule):
         # Two roundings in a fixed order: the same floats on every machine.
         white = self._kind.white
         m, s = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
-        self._scale, self._shift = (v.float()[:, None, None] for v in (1 / (white * s), -m / s))
+        scale, shift = (v.float()[:, None, None] for v in (1 / (white * s), -m / s))
+        self._look = Look(self.shape, scale, shift, fit, augment)
         self._mean, self._std = (tuple(map(float, v)) * (self.shape[0] // len(v)) for v in (mean, std))
-        self._shuffle_pixels, self._shuffle_labels, self._augment = shuffle_pixels, shuffle_labels, augment
+        self._shuffle_pixels, self._shuffle_labels = shuffle_pixels, shuffle_labels
+
+    def _inputs_shape(self, size: int | None, fit: Fit, colour: bool) -> tuple[int, int, int]:
+        channels, height, width = self._kind.shape
+        least = max(height, width) if fit == "pad" else 1
+        if size is not None and size < least:
+            hint = f"data.image_size={least}, or data.fit=resize" if fit == "pad" else "null is the images' own size"
+            raise UserError(f"data.image_size={size}: expected at least {least} with data.fit={fit}", hint=hint)
+        return 3 if colour else channels, size or height, size or width
 
     @property
     @override
     def classes(self) -> int:
         """How many classes there are, of those kept."""
         return self._kind.classes if self._kept is None else len(self._kept)
+
+    @property
+    @override
+    def class_names(self) -> tuple[str, ...]:
+        """Numbers of the classes in the whole data set."""
+        return tuple(map(str, range(self._kind.classes) if self._kept is None else self._kept))
 
     @property
     @override
@@ -138,7 +152,7 @@ class ImageDataModule(ImageClassificationDataModule):
         found = self._found()
         train, test = found.train_images, found.test_images
         if self._shuffle_pixels:
-            _, height, width = self.shape
+            _, height, width = self._kind.shape
             order = torch.from_numpy(fixed_order(height * width, "pixels"))
             train, test = (images.flatten(2)[:, :, order].view_as(images) for images in (train, test))
         labels = found.train_labels
@@ -148,22 +162,17 @@ class ImageDataModule(ImageClassificationDataModule):
         rows, held_out = self._divide(labels.numpy())
 
         def part(images: Tensor, labels: Tensor, rows: Indices, name: str) -> ImageExamples:
-            content = repr([found.identity, name, self._shuffle_pixels, self._scale.tolist(), self._shift.tolist()])
-            return ImageExamples(images, labels, torch.from_numpy(rows), self._scale, self._shift, content)
+            look = self._look
+            said = [found.identity, name, self._shuffle_pixels, look.scale.tolist(), look.shift.tolist()]
+            if self.shape != self._kind.shape:
+                said += [self.shape, look.fit]
+            return ImageExamples(images, labels, torch.from_numpy(rows), look, repr(said))
 
         return Parts(
             part(train, shuffled, rows, "train"),
             part(train, labels, held_out, "train"),
             part(test, found.test_labels, np.arange(len(test)), "test"),
         )
-
-    @override
-    def _plain_batches(self, order: EpochOrder) -> torch.utils.data.Dataset[Batch]:
-        if self._augment == "none":
-            return super()._plain_batches(order)
-        train = self.parts.train
-        assert isinstance(train, ImageExamples)
-        return CropFlipBatches(train, order, self.batch_size, self._rank, self._world_size)
 
     @override
     def describe(self) -> dict[str, Any]:
@@ -174,83 +183,8 @@ class ImageDataModule(ImageClassificationDataModule):
             **({"note": note} if note else {}),
             "shuffle_pixels": self._shuffle_pixels,
             "shuffle_labels": self._shuffle_labels,
-            "augment": self._augment,
+            "augment": self._look.augment,
         }
-
-
-class ImageExamples:
-    """Some rows of an image set.
-
-    Args:
-        images: uint8 (n, channels, height, width).
-        labels: int64 (n,).
-        rows: int64 (m,), which of them belong here.
-        scale: float32 (channels, 1, 1); a pixel p becomes p·scale + shift.
-        shift: likewise.
-        content: names what `images` are.
-    """
-
-    def __init__(
-        self, images: Tensor, labels: Tensor, rows: Tensor, scale: Tensor, shift: Tensor, content: str
-    ) -> None:
-        self.images, self.labels, self.rows = images, labels, rows
-        self._scale, self._shift, self._content = scale, shift, content
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def batch(self, indices: Indices) -> Batch:
-        """Examples `indices`: `inputs` float32 (b, channels, height, width) and `labels` int64 (b,)."""
-        rows = self.rows[torch.from_numpy(indices)]
-        return {"inputs": self.normalise(self.images[rows]), "labels": self.labels[rows]}
-
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 (b, channels, height, width) to float32."""
-        return pixels.float().mul_(self._scale).add_(self._shift)
-
-    def identity(self) -> str:
-        """Hash of images, labels and their normalisation."""
-        digest = hashlib.blake2b(self._content.encode(), digest_size=16)
-        for tensor in (self.rows, self.labels[self.rows]):
-            digest.update(tensor.numpy().tobytes())
-        return digest.hexdigest()
-
-
-class CropFlipBatches(TrainBatches):
-    """Training batches of shifted and mirrored images.
-
-    How element p of the training sequence is moved is a function of (seed, p): as the order itself, it depends neither
-    on the number of processes nor on where a run was resumed.
-    """
-
-    def __init__(self, examples: ImageExamples, order: EpochOrder, batch_size: int, rank: int, world_size: int) -> None:
-        super().__init__(examples, order, batch_size, rank, world_size)
-        self._examples, self._key = examples, derive_key("crop_flip/1", order.seed)
-
-    def __getitem__(self, index: int) -> Batch:
-        rows = self._order.batch(index, self._batch_size, self._rank, self._world_size)
-        first = (index * self._world_size + self._rank) * self._batch_size
-        moves = random_bits(self._key, first, self._batch_size)
-        chosen = self._examples.rows[torch.from_numpy(rows)]
-        images = crop_flip(self._examples.images[chosen], moves)
-        return {"inputs": self._examples.normalise(images), "labels": self._examples.labels[chosen]}
-
-
-def crop_flip(images: Tensor, moves: Tensor) -> Tensor:
-    """Move images by up to 4 pixels over a black ground and mirror every other one.
-
-    Args:
-        images: uint8 (b, channels, height, width).
-        moves: int64 (b,) random words; three disjoint groups of bits give the two shifts and the mirroring.
-    """
-    count, channels, height, width = images.shape
-    padded = torch.nn.functional.pad(images, (_PAD,) * 4)
-    down, right = (((moves >> shift) & 0xFFF) % (2 * _PAD + 1) for shift in (0, 12))
-    y = down[:, None] + torch.arange(height)
-    x = torch.arange(width).expand(count, -1)
-    x = right[:, None] + torch.where((moves[:, None] >> 24) & 1 == 1, width - 1 - x, x)
-    batch = torch.arange(count)[:, None, None, None]
-    return padded[batch, torch.arange(channels)[None, :, None, None], y[:, None, :, None], x[:, None, None, :]]
 
 
 def only_classes(found: ImageSet, kept: list[int]) -> ImageSet:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from typing_extensions import override
 
 from subspace_lab.data.order import EpochOrder, Indices, validation_batch
 from subspace_lab.data.packing import IGNORE, Batch
@@ -38,6 +39,32 @@ class TrainBatches(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         return self._rows.batch(self._order.batch(index, self._batch_size, self._rank, self._world_size))
+
+
+class AugmentedRows(Rows, Protocol):
+    """Examples that look different every time they are trained on."""
+
+    def augmented(self, indices: Indices, places: Indices, seed: int) -> Batch:
+        """As `batch`; what happens to row i of it depends on `seed` and `places[i]` alone."""
+
+
+class AugmentedBatches(TrainBatches):
+    """Training batches of augmented examples.
+
+    What is drawn for element p of the training sequence is a function of (seed, p): neither the number of processes or
+    workers nor where a run was resumed changes an example.
+    """
+
+    def __init__(self, rows: AugmentedRows, order: EpochOrder, batch_size: int, rank: int, world_size: int) -> None:
+        super().__init__(rows, order, batch_size, rank, world_size)
+        self._augmented = rows.augmented
+
+    @override
+    def __getitem__(self, index: int) -> Batch:
+        first = (index * self._world_size + self._rank) * self._batch_size
+        places = np.arange(first, first + self._batch_size, dtype=np.int64)
+        rows = self._order.batch(index, self._batch_size, self._rank, self._world_size)
+        return self._augmented(rows, places, self._order.seed)
 
 
 class ValidationBatches(Dataset[Batch]):

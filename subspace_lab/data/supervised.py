@@ -6,11 +6,13 @@ seed (`order`), and a checkpoint holds the number of batches consumed (`position
 
 from __future__ import annotations
 
+import copy
 import os
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +20,12 @@ from torch.utils.data import Dataset
 
 from subspace_lab.data.documents import hash_text
 from subspace_lab.data.loaders import TrainBatches, TrainLoader, ValidationBatches, ValidationLoader
-from subspace_lab.data.order import EpochOrder
+from subspace_lab.data.order import EpochOrder, mix
 from subspace_lab.data.packing import Batch
 from subspace_lab.data.positioned import PositionedDataModule
 from subspace_lab.data.splits import fixed_order, stratified
 from subspace_lab.errors import UserError
+from subspace_lab.linalg.random import derive_key, random_bits
 
 if TYPE_CHECKING:
     from subspace_lab.training.tasks import Task
@@ -49,6 +52,20 @@ class Parts:
     train: Examples
     validation: Examples
     test: Examples
+
+
+class Some:
+    """Examples of a set by number, in the order given."""
+
+    def __init__(self, examples: Examples, numbers: Indices) -> None:
+        self._examples, self._numbers = examples, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def batch(self, indices: Indices) -> Batch:
+        """Examples `indices` of those."""
+        return self._examples.batch(self._numbers[indices])
 
 
 class SupervisedDataModule(PositionedDataModule):
@@ -85,11 +102,13 @@ class SupervisedDataModule(PositionedDataModule):
             raise UserError(f"data.train_fraction={train_fraction}: expected a number above 0, at most 1")
         self.dataset = dataset
         self._val_size, self._train_fraction = val_size, train_fraction
-        self._data_dir = Path(data_dir or os.environ.get("SUBSPACE_DATA") or "data").expanduser()
+        self._data_dir = default_data_dir(data_dir)
         cache = cache_dir or os.environ.get("SUBSPACE_CACHE") or "~/.cache/subspace-lab"
         self._cache_dir = Path(cache).expanduser()
-        self._seed = 0
+        self._seed = self._run_seed = 0
         self._parts: Parts | None = None
+        self._task: tuple[int, str] | None = None  # number and name, of one task of a sequence
+        self._outputs: int | None = None  # of the model, where labels are columns of a longer row than these classes
 
     @abstractmethod
     def _load(self) -> Parts:
@@ -115,6 +134,11 @@ class SupervisedDataModule(PositionedDataModule):
         return self._parts
 
     @property
+    def held_out(self) -> bool:
+        """Whether the validation part is not trained on; after `setup`."""
+        return self._val_size > 0
+
+    @property
     def train_rows(self) -> int:
         """Examples of one pass over the training part; after `setup`."""
         return len(self.parts.train)
@@ -127,9 +151,53 @@ class SupervisedDataModule(PositionedDataModule):
 
     def configure(self, rank: int, world_size: int, seed: int) -> None:
         """Say which process this is and what orders the training examples; before `setup`."""
-        self._rank, self._world_size, self._seed = rank, world_size, seed
+        self._rank, self._world_size, self._run_seed = rank, world_size, seed
+        self._seed = seed if self._task is None else mix(seed, self._task[0])
         if self._parts is not None:
             self._start()
+
+    def narrowed(self, index: int, name: str, parts: Parts, outputs: int) -> Self:
+        """One task of a sequence: this data with other parts, an order of training and a position of its own.
+
+        Args:
+            index: of the task; its examples are shuffled differently from every other task's.
+            name: of the task.
+            parts: what it trains on and is judged by.
+            outputs: of the model: labels are smaller than this.
+
+        Raises:
+            UserError: fewer training examples than a batch takes, or nothing to validate or to test on.
+        """
+        for part, examples in (("validation", parts.validation), ("test", parts.test)):
+            if not len(examples):
+                hint = "a larger data.val_size, or fewer tasks" if part == "validation" else "fewer tasks"
+                raise UserError(f"task {name} of data={self.dataset} has no {part} examples", hint=hint)
+        if self.batch_size > len(parts.train):
+            raise UserError(
+                f"data.batch_size={self.batch_size}: task {name} of data={self.dataset} has only {len(parts.train)} "
+                "training examples",
+                hint=f"data.batch_size={max(1, len(parts.train))}, or fewer tasks",
+            )
+        task = copy.copy(self)
+        task._task, task._parts, task._outputs, task._saved = (index, name), parts, outputs, None
+        task.configure(self._rank, self._world_size, self._run_seed)
+        return task
+
+    def draw(self, count: int | None, batch_size: int, seed: int, purpose: str) -> Iterator[Batch]:
+        """Training examples as they are (nothing augmented), the same ones on every process; after `setup`.
+
+        Args:
+            count: how many, drawn without replacement by `seed` and `purpose`; None: all of them, in order.
+            batch_size: of the batches; the last one may be short.
+            seed: of the task.
+            purpose: of the draw; another one draws others.
+        """
+        numbers = np.arange(self.train_rows, dtype=np.int64)
+        if count is not None:
+            words = random_bits(derive_key("draw/1", purpose, seed), 0, self.train_rows)
+            numbers = words.argsort(stable=True).numpy()[:count]
+        batches = ValidationBatches(Some(self.parts.train, numbers), batch_size, 0, 1)
+        return iter(ValidationLoader(batches, self.num_workers))
 
     def prepare_data(self) -> None:
         """Find the data, downloading what is absent; several processes may call this at once."""
@@ -202,11 +270,17 @@ class SupervisedDataModule(PositionedDataModule):
         parts = {"train": self.parts.train, "validation": self.parts.validation, "test": self.parts.test}
         return {
             "dataset": self.dataset,
+            **({"task": self._task[1]} if self._task is not None else {}),
             **{name: {"examples": len(part), "hash": part.identity()} for name, part in parts.items()},
-            "held_out": self._val_size > 0,
+            "held_out": self.held_out,
             "train_fraction": self._train_fraction,
         }
 
 
 def _as_is(batch: Batch) -> Batch:
     return batch
+
+
+def default_data_dir(data_dir: str | None) -> Path:
+    """Where data lies: as said, else SUBSPACE_DATA, else ./data."""
+    return Path(data_dir or os.environ.get("SUBSPACE_DATA") or "data").expanduser()

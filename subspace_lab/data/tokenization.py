@@ -37,6 +37,7 @@ class Tokenizer:
         identity: hash of everything that decides the ids; part of the token cache's key.
         vocab_size: one more than the largest id `encode` or `eos_id` can give.
         eos_id: the document separator.
+        bos_id: the token that a text begins with where a model wants one; None if there is none.
         pad_id: fills rows up; its own id where the vocabulary has one, else `eos_id` (labels are -100 there
             either way).
     """
@@ -46,6 +47,7 @@ class Tokenizer:
     vocab_size: int
     eos_id: int
     pad_id: int
+    bos_id: int | None = None
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """Tokenise each text; no special tokens are added. Returns one uint32 array per text."""
@@ -94,6 +96,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.identity = file_hash(path)
         self.eos_id = int(self._model.eos_id()) if self._model.eos_id() >= 0 else size
         self.pad_id = int(self._model.pad_id()) if self._model.pad_id() >= 0 else self.eos_id
+        self.bos_id = int(self._model.bos_id()) if self._model.bos_id() >= 0 else None
         self.vocab_size = max(size, self.eos_id + 1)
 
     def _encode(self, texts: list[str]) -> list[Ids]:
@@ -118,6 +121,7 @@ class VocabularyTokenizer(Tokenizer):
         decode: Callable[[list[int]], str],
         eos: str | None = None,
         pad: str | None = None,
+        bos: str | None = None,
     ) -> None:
         self.name, self.identity = name, identity
         self._encode_ids, self._decode_ids = encode, decode
@@ -127,6 +131,7 @@ class VocabularyTokenizer(Tokenizer):
         pad = pad or next((token for token in _PAD_NAMES if token in vocabulary), None)
         self.eos_id = vocabulary.get(eos or "", size)
         self.vocab_size = max(size, self.eos_id + 1)
+        self.bos_id = vocabulary.get(bos or "")
         pad_id = vocabulary.get(pad or "", self.eos_id)
         self.pad_id = pad_id if pad_id < self.vocab_size else self.eos_id
         unk = next((vocabulary[token] for token in _UNK_NAMES if token in vocabulary), self.eos_id)

@@ -117,6 +117,7 @@ def _from_hub(name: str, data_dir: Path) -> Tokenizer:
         decode=lambda ids: str(tokenizer.decode(ids)),
         eos=tokenizer.eos_token,
         pad=tokenizer.pad_token,
+        bos=tokenizer.bos_token,
     )
 
 

@@ -32,7 +32,7 @@ def _check_rank(A: Tensor, r: int) -> None:
         raise ValueError(f"rank must be between 1 and the last dimension {A.shape[-1]}, got {r}")
 
 
-def _descending_eigh(G: Tensor) -> tuple[Tensor, Tensor]:
+def descending_eigh(G: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (descending, clamped at 0) and eigenvectors of symmetric positive semi-definite G."""
     try:
         values, vectors = torch.linalg.eigh(G)
@@ -87,10 +87,10 @@ def gram_eigh(A: Tensor, r: int) -> tuple[Tensor, Tensor]:
     _check_rank(A, r)
     scaled, scale = normalize(A)
     if A.shape[-2] >= A.shape[-1]:
-        values, vectors = _descending_eigh(matmul(scaled.mT, scaled))
+        values, vectors = descending_eigh(matmul(scaled.mT, scaled))
         P, s = vectors[..., :r].contiguous(), values[..., :r].sqrt()
     else:
-        _, U = _descending_eigh(matmul(scaled, scaled.mT))
+        _, U = descending_eigh(matmul(scaled, scaled.mT))
         P, s = _lift_left(scaled, U[..., :r], r)
     return P, s * scale[..., 0]
 
@@ -122,7 +122,7 @@ def randomized_svd(
     Z = (scaled.mT @ Q).double()
     # SVD of the small factor Zᵀ = QᵀA by its Gram matrix, in float64: k x k only, and it keeps s down to 1e-7
     # s_1 apart.
-    _, W = _descending_eigh(Z.mT @ Z)
+    _, W = descending_eigh(Z.mT @ Z)
     P, s = _lift_left(Z.mT.to(scaled.dtype), W[..., :r].to(scaled.dtype), r)
     return P, s * scale[..., 0]
 
@@ -179,7 +179,7 @@ def _half_step(A: Tensor, Y: Tensor, rayleigh_ritz: bool) -> Tensor:
     scaled, scale = normalize(Y)
     if not rayleigh_ritz:
         return orthonormalize(scaled)
-    _, W = _descending_eigh(matmul(scaled.mT, scaled))
+    _, W = descending_eigh(matmul(scaled.mT, scaled))
     rotated = matmul(scaled, W)
     length = rotated.norm(dim=-2, keepdim=True)
     known = length > torch.finfo(Y.dtype).eps * length.amax(dim=-1, keepdim=True)

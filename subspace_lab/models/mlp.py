@@ -14,12 +14,17 @@ from subspace_lab.models.shapes import Shape, need
 
 
 def build_mlp(
-    *, hidden: Sequence[int], data_shape: Shape | None = None, data_classes: int | None = None
+    *,
+    hidden: Sequence[int],
+    bias: bool = True,
+    data_shape: Shape | None = None,
+    data_classes: int | None = None,
 ) -> nn.Sequential:
     """Linear layers with ReLU between them, on the flattened image; He-normal weights, zero biases.
 
     Args:
         hidden: width of each hidden layer; none is a linear classifier.
+        bias: whether layers have biases.
         data_shape: (channels, height, width) of the data; given by the runner.
         data_classes: number of classes; given by the runner.
 
@@ -32,7 +37,7 @@ def build_mlp(
     sizes = [math.prod(shape), *hidden, classes]
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs, outputs in itertools.pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        layers += [nn.Linear(inputs, outputs, bias=bias), nn.ReLU()]
     model = nn.Sequential(*layers[:-1])
     initialize(model)
     return model

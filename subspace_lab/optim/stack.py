@@ -35,6 +35,7 @@ class Stack:
         t: steps that these weights have taken; they share it, which is what lets them share Adam's counters.
         offsets: shift of each weight's refreshes inside the interval.
         coords: the inner optimizer's parameters: one stacked (B, p, r), or one (p, r) each.
+        direct: the inner optimizer moves the weights themselves, along gradients that were lifted once.
     """
 
     def __init__(
@@ -47,9 +48,11 @@ class Stack:
         stacked: bool,
         offsets: dict[str, int],
         tracks_change: bool,
+        direct: bool = False,
         t: int = 0,
     ) -> None:
-        self.flat, self.group, self.t = flat, group, t
+        self.flat, self.group, self.direct, self.t = flat, group, direct, t
+        stacked = stacked and not direct
         side = subspace.side
         if flat:
             named = sorted(named, key=lambda item: item[0])  # independent of parameter order
@@ -93,6 +96,10 @@ class Stack:
         """Member i's tensor (weight or gradient) as the (p, q) view the subspace sees."""
         M = as_matrix(t)
         return M.mT if self.transposed[i] else M
+
+    def restore(self, M: Tensor, i: int) -> Tensor:
+        """A matrix (p, q) in the shape of member i's weight."""
+        return (M.mT if self.transposed[i] else M).reshape(self.params[i].shape)
 
     def gather(self, tensors: Sequence[Tensor], members: slice) -> Tensor:
         """Stack tensors shaped like the weights; a single one is viewed, not copied."""
@@ -172,6 +179,18 @@ class Stack:
             for c, s, z in zip(self.coords, step.unbind(0), Z.unbind(0), strict=True):
                 c.data, c.grad = s, z
         return step
+
+    def point_at_weights(self, grads: Sequence[Tensor]) -> None:
+        """Make the weights themselves the inner parameters, with these gradients in the weights' shapes."""
+        for c, p, g in zip(self.coords, self.params, grads, strict=True):
+            if c.data_ptr() != p.data_ptr():
+                c.data = p.detach()
+            c.grad = g
+
+    def let_go(self) -> None:
+        """Release the gradients that `point_at_weights` took."""
+        for c in self.coords:
+            c.grad = None
 
     def free_coordinates(self) -> None:
         """Nothing of the coordinates outlives a step but the moments."""

@@ -26,7 +26,7 @@ from subspace_lab.optim.meter import Meter
 from subspace_lab.optim.moments import Moments
 from subspace_lab.optim.persistence import export_state, import_state
 from subspace_lab.optim.stack import Stack, as_matrix, orientation
-from subspace_lab.optim.traits import OptimizerFactory, is_elementwise
+from subspace_lab.optim.traits import OptimizerFactory, is_elementwise, is_linear
 from subspace_lab.optim.unit import Rules, Unit
 from subspace_lab.subspaces.base import Subspace
 
@@ -52,7 +52,8 @@ class SubspaceOptimizer(Optimizer):
             with gradient accumulation, clipping or gradient synchronisation after the backward pass.
 
     Gradients: a weight whose gradient is None is skipped and keeps its own step count; a matrix whose gradient is
-    zero or not finite keeps its basis, and one that is not finite takes a zero gradient for that step.
+    zero or not finite keeps its basis, and one that is not finite takes a zero gradient for that step (except under a
+    complement with SGD: there the inner optimizer steps the weights themselves, and takes gradients as they are).
 
     Raises:
         ValueError: on options that contradict each other.
@@ -135,6 +136,7 @@ class SubspaceOptimizer(Optimizer):
                         stacked=stacked,
                         offsets=offsets,
                         tracks_change=self.rules.moments == "rotate",
+                        direct=self._is_direct(group, members[0][1]),
                         t=key[-1],
                     )
                 )
@@ -143,6 +145,11 @@ class SubspaceOptimizer(Optimizer):
             parts = [([s], []) for s in stacks]
             parts += [([], [(g, [p])]) for g, ps in plain for p in ps]
         self.units = [self._unit(s, p, steps) for s, p in parts]
+
+    def _is_direct(self, group: dict[str, Any], weight: nn.Parameter) -> bool:
+        """Whether one projection of the gradient does: nothing that the inner optimizer makes of it can leave."""
+        whole = group["subspace"].linear_in_place and not group["flat"] and float(group["scale"]) == 1
+        return bool(whole and weight.dtype == torch.float32 and is_linear(self.factory))
 
     def _unit(self, stacks: list[Stack], plain: list[tuple[int, list[nn.Parameter]]], steps: dict[str, int]) -> Unit:
         t = max((steps.get(n, 0) for g, _ in plain for n in self.param_groups[g]["param_names"]), default=0)

@@ -46,6 +46,8 @@ _COUPLED_DECAY = frozenset(
 )
 # Optimizers whose step depends on the size of the weight: their coordinates start at the weight's, not at zero.
 _READS_WEIGHT = frozenset(["Adafactor", "Lamb", "LAMB", "Lars", "LARS"])
+# Optimizers whose step is a linear function of all gradients so far.
+_LINEAR = frozenset(["SGD"])
 # State tensors that are linear in the gradient, and those that are squares of it.
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
@@ -70,3 +72,8 @@ def couples_decay(factory: OptimizerFactory, group: dict[str, Any]) -> bool:
 def reads_weight(factory: OptimizerFactory) -> bool:
     """Whether the size of a step depends on the weight itself (Adafactor's relative step, LAMB)."""
     return _class_name(factory) in _READS_WEIGHT
+
+
+def is_linear(factory: OptimizerFactory) -> bool:
+    """Whether steps are sums of gradients: a constraint that all gradients obey holds for them too."""
+    return _class_name(factory) in _LINEAR

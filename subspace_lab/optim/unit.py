@@ -70,11 +70,19 @@ class Unit:
         self._sync_options()
         moved = []
         for s in self.stacks:
-            if s.params[0].grad is not None:
+            if s.params[0].grad is None:
+                continue
+            if s.direct:
+                self._lift_gradients(s)
+            else:
                 Z = self._collect(s)
                 start = self._weights_inside(s) if reads_weight(self.factory) else None
                 moved.append((s, s.load_coordinates(Z, start), start))
         self.inner.step()
+        for s in self.stacks:
+            if s.direct and s.coords[0].grad is not None:
+                s.let_go()
+                s.t += 1
         for s, step, start in moved:
             s.free_coordinates()
             self._apply(s, step if start is None else step - start)
@@ -95,11 +103,17 @@ class Unit:
     def _sync_options(self) -> None:
         """Schedulers and users change the outer groups; the inner ones follow."""
         for (g, stack), group in zip(self.owners, self.inner.param_groups, strict=True):
-            for key, value in self._options(g, stack).items():
-                if isinstance(group.get(key), Tensor):
-                    group[key].fill_(value)
+            outer = self.outer[g]
+            for key in outer.keys() - OWN_KEYS:
+                value, now = outer[key], group.get(key)
+                if now is value:
+                    continue
+                if isinstance(now, Tensor):
+                    now.fill_(value)
                 else:
                     group[key] = value
+            if stack is None and not self.rules.decay_after and "weight_decay" in group:
+                group["weight_decay"] = self.outer[g]["weight_decay"]
             if self.rules.eps_before_correction and {"betas", "eps"} <= group.keys():
                 t = 1 + (self.t if stack is None else stack.t)
                 group["eps"] = group["eps"] / (1 - group["betas"][1] ** t) ** 0.5
@@ -120,10 +134,14 @@ class Unit:
         if due:
             self._refresh(s, due, [c for c in chunks if any(c.start <= i < c.stop for i in due)], gather)
         Z = torch.empty(s.coordinates, device=s.device)
+        clean = s.subspace.arrives_clean(s.keys) and not coupled
         energy: list[Tensor] = []
         for chunk in chunks:
             A = gather(chunk)[0]
-            s.subspace.project(A, chunk, out=Z[chunk])
+            if clean:
+                Z[chunk] = A
+            else:
+                s.subspace.project(A, chunk, out=Z[chunk])
             if self.meter.measure:
                 energy.append(A.float().square().sum())
         # NaN and inf reach Z through any product; such a matrix takes a zero gradient this step.
@@ -132,6 +150,31 @@ class Unit:
         if self.meter.measure:
             self.meter.add_energy(Z, energy)
         return Z
+
+    def _lift_gradients(self, s: Stack) -> None:
+        """The direct way: gradients (and coupled decay), lifted once, are what the inner optimizer moves weights by."""
+        grads = s.grads()
+        decay = self.outer[s.group].get("weight_decay")
+        clean = s.subspace.arrives_clean(s.keys) and not decay
+        energy: list[Tensor] = []
+        if not self.meter.measure and not decay and s.B == 1:  # the same in fewer words, for small layers' sake
+            if not clean:
+                grads = [s.restore(s.subspace.lift(s.matrix(grads[0], 0).unsqueeze(0))[0], 0)]
+        elif not clean or self.meter.measure:
+            lifted: list[Tensor] = []
+            for chunk in s.chunks():
+                A = s.gather(grads, chunk)
+                if self.meter.measure:
+                    energy.append(A.float().square().sum())
+                if decay:
+                    A = A + decay * s.gather(s.params, chunk)
+                Z = A if clean else s.subspace.lift(A, chunk)
+                if self.meter.measure:
+                    self.meter.add_energy(Z, energy)
+                    energy = []
+                lifted += [s.restore(z, i) for i, z in enumerate(Z.unbind(0), chunk.start)]
+            grads = lifted
+        s.point_at_weights(grads)
 
     def _refresh(self, s: Stack, due: list[int], chunks: list[slice], gather: Gather) -> None:
         def refresh(chunk: slice) -> tuple[Members, Tensor | None]:

@@ -93,6 +93,9 @@ def estimate(cfg: DictConfig, notes: list[str]) -> Memory:
     method = build.build_method(cfg)
     data = build.build_data(cfg)
     known = {"data_vocab_size": _vocabulary(cfg, data, notes)} if "block_size" in cfg.data else data.model_arguments()
+    scenario = build.instantiate(cfg.scenario) if cfg.get("scenario") is not None else None
+    if scenario is not None and "data_classes" in known:
+        known = known | {"data_classes": scenario.outputs(data)}
     half = torch.float16 if plan.precision == "16-mixed" else torch.bfloat16
     with _fake():
         with _default_dtype(torch.float32 if plan.precision == "32-true" else half):

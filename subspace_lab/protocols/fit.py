@@ -7,11 +7,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
 from subspace_lab import build
 from subspace_lab.errors import UserError
 from subspace_lab.methods.base import Origin
+from subspace_lab.protocols import assembling
 from subspace_lab.protocols.outcome import Outcome
 from subspace_lab.schema import to_plain
 from subspace_lab.training import environment
@@ -57,8 +56,13 @@ class Fit:
         """
         began = time.perf_counter()
         environment.quiet_lightning()
-        plan: TrainerPlan = build.instantiate(cfg.trainer).resolve()
+        plan = assembling.build_plan(cfg)
         method = build.build_method(cfg)
+        if cfg.get("scenario") is not None:
+            raise UserError(
+                "these data are a sequence of tasks (scenario), and this protocol learns one task",
+                hint="protocol=continual with method=naive, gpm, coso …, or ordinary data",
+            )
         data = build.build_data(cfg)
         if not hasattr(data, "train_dataloader"):
             raise UserError(
@@ -88,8 +92,7 @@ class Fit:
         if checkpointing.validated_at != trainer.global_step or not module.validation:
             trainer.validate(module, datamodule=data, verbose=False)
         self._evaluate(trainer, module, data)
-        for logger in trainer.loggers:
-            logger.finalize("success")
+        assembling.close_loggers(trainer.loggers)
         if cfg.export and (trainer.is_global_zero or plan.strategy == "fsdp"):
             export(module.model, method, run_dir / EXPORT_FOLDER, writes=trainer.is_global_zero)
         if trainer.is_global_zero:
@@ -122,12 +125,6 @@ class Fit:
         resume_dir: Path,
     ) -> tuple[ExperimentModule, Trainer, MethodDriver, Checkpointing]:
         from subspace_lab.training import rng
-        from subspace_lab.training.callbacks.checkpointing import Checkpointing
-        from subspace_lab.training.callbacks.interrupt import InterruptWatch
-        from subspace_lab.training.callbacks.method import MethodDriver
-        from subspace_lab.training.callbacks.progress import ProgressDisplay
-        from subspace_lab.training.callbacks.state import RunState
-        from subspace_lab.training.callbacks.timing import Timing
         from subspace_lab.training.module import ExperimentModule
 
         rng.seed(cfg.seed)
@@ -140,21 +137,10 @@ class Fit:
             lambda optimizer: build.build_scheduler(cfg, optimizer, plan.max_steps),
             compile_model=plan.compile,
         )
-        timing = Timing()
-        driver = MethodDriver(plan.log_every, timing)
-        checkpointing = Checkpointing(run_dir, plan.checkpoint_every, timing)
-        callbacks: list[Any] = [RunState(), timing, driver]
-        callbacks += [build.instantiate(node) for node in (cfg.get("callbacks") or {}).values() if node is not None]
-        if plan.progress != "off":
-            callbacks.append(ProgressDisplay(driver, label, bar=plan.wants_bar()))
-        # The last two: everything else has seen the step before it is saved, and it is saved before the run may stop.
-        callbacks += [checkpointing, InterruptWatch(checkpointing, resume_dir)]
-        plain: Any = OmegaConf.to_container(cfg, resolve=True)
-        loggers = build.instantiate(cfg.logger).create(
-            run_dir, name=str(cfg.name), method=method.name, tags=list(cfg.tags), config=plain
-        )
-        trainer = plan.create(accumulation=accumulation, callbacks=callbacks, loggers=loggers, run_dir=run_dir)
-        return module, trainer, driver, checkpointing
+        crew = assembling.crew(cfg, plan, run_dir, label, resume_dir)
+        loggers = assembling.make_loggers(cfg, run_dir, method)
+        trainer = plan.create(accumulation=accumulation, callbacks=crew.callbacks, loggers=loggers, run_dir=run_dir)
+        return module, trainer, crew.driver, crew.checkpointing
 
     def _outcome(
         self, trainer: Trainer, module: ExperimentModule, driver: MethodDriver, data: Any, wall_seconds: float

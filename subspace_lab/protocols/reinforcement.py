@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from subspace_lab import build, interrupt
 from subspace_lab.errors import Interrupted, UserError
+from subspace_lab.protocols import assembling
 from subspace_lab.protocols.fit import EXPORT_FOLDER, export, find_checkpoint, state_bytes
 from subspace_lab.protocols.outcome import Outcome
 from subspace_lab.rl.environments import Environment
@@ -87,8 +88,7 @@ class Reinforcement:
             run.train(resume_dir)
         finally:
             interrupt.request.armed = False
-            for logger in run.loggers:
-                logger.finalize("success")
+            assembling.close_loggers(run.loggers)
         return run.finish(began)
 
 
@@ -132,7 +132,7 @@ class _Run:
 
             if due(plan.log_every):
                 self._log(self.figures | {"train/frames": float(learner.frames)})
-            if due(plan.val_every):
+            if plan.val_every is not None and due(plan.val_every):
                 self._validate()
             self.cpu_seconds += time.thread_time() - clock
             asked = interrupt.requested() is not None

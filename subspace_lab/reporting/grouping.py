@@ -41,7 +41,7 @@ class Group:
     @property
     def task(self) -> Key:
         """What is to be learnt, on what, for how long: methods are compared within it."""
-        settings = tuple(entry for entry in self.settings if entry[0].startswith(("data.", "model.")))
+        settings = tuple(entry for entry in self.settings if entry[0].startswith(("data.", "model.", "scenario.")))
         return (*self.columns[2:5], settings)
 
 
@@ -60,6 +60,8 @@ def group_of(results: Results) -> Group:
     protocol = choices.get("protocol")
     if protocol not in (None, "fit", "transfer"):  # these two train alike
         settings["protocol"] = str(protocol)
+    if "continual" in results:
+        settings["scenario.head"] = str(results["continual"]["head"])
     return Group(columns, tuple(sorted(settings.items())))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from subspace_lab.errors import UserError
-from subspace_lab.reporting import dimension_tables, results, tables, transfer_plot
+from subspace_lab.reporting import accuracy_matrix, dimension_tables, results, tables, transfer_plot
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,10 +35,12 @@ def main(paths: Sequence[str | Path], *, markdown: bool = False) -> int:
         )
     searches = [(folder, found) for folder, found in runs if found.get("search")]
     others = [(folder, found) for folder, found in runs if not found.get("search")]
-    if others:
-        _show(
-            lambda rows: tables.summary(others, rows), tables.rows_of(found["metrics"] for _, found in others), markdown
-        )
+    kinds = accuracy_matrix.kinds([found for _, found in others])
+    for kind in dict.fromkeys(kinds):  # figures that mean different things do not share a table
+        mine = [run for run, own in zip(others, kinds, strict=True) if own == kind]
+        if kind:
+            print(f"{kind} learning:")
+        _show(_summary_of(mine), tables.rows_of(found["metrics"] for _, found in mine), markdown)
     if searches:
         _show(lambda _: dimension_tables.summary(searches), [], markdown)
     try:
@@ -48,6 +50,10 @@ def main(paths: Sequence[str | Path], *, markdown: bool = False) -> int:
     except OSError as error:
         print(f"note: cannot write the plot: {error.strerror}: {error.filename}", file=sys.stderr)
     return 0
+
+
+def _summary_of(runs: Sequence[tuple[Path, results.Results]]) -> Callable[[Sequence[Any]], Table]:
+    return lambda rows: tables.summary(runs, rows)
 
 
 def _show(make: Callable[[Sequence[Any]], Table], rows: Sequence[Any], markdown: bool) -> None:

@@ -22,6 +22,13 @@ ROWS: tuple[tuple[str, str, Kind], ...] = (
     ("val/bits_per_byte", "bits per byte", "figure"),
     ("val/accuracy", "validation accuracy", "figure"),
     ("test/accuracy", "test accuracy", "figure"),
+    ("final_accuracy", "final accuracy", "figure"),
+    ("average_incremental_accuracy", "average incremental accuracy", "figure"),
+    ("backward_transfer", "backward transfer", "figure"),
+    ("forgetting", "forgetting", "figure"),
+    ("forgetting_since_learned", "forgetting since learned", "figure"),
+    ("learning_accuracy", "learning accuracy", "figure"),
+    ("robust_final_accuracy", "robust final accuracy", "figure"),
     ("train/accuracy", "training accuracy", "figure"),
     ("probe/accuracy", "probe accuracy", "figure"),
     ("features/intra_class_angle", "intra-class angle, °", "figure"),
@@ -32,6 +39,9 @@ ROWS: tuple[tuple[str, str, Kind], ...] = (
     ("test/return", "test return", "figure"),
     ("train/tokens_per_second", "tokens/s", "count"),
     ("train/examples_per_second", "examples/s", "count"),
+    ("train/seconds", "training s", "count"),
+    ("task_end/seconds", "task ends s", "count"),
+    ("subspace/basis_bytes", "kept of old tasks", "bytes"),
     ("optimizer/state_bytes", "optimizer state", "bytes"),
     ("subspace/refresh_share", "share of time in refreshes", "share"),
     ("subspace/captured_energy", "captured gradient energy", "share"),
@@ -137,7 +147,7 @@ def summary(runs: Sequence[tuple[Path, Results]], shown: Sequence[tuple[str, str
 
 
 def _score(members: Sequence[Results]) -> float | None:
-    for metric, sign in (("val/perplexity", 1.0), ("val/accuracy", -1.0)):
+    for metric, sign in (("val/perplexity", 1.0), ("val/accuracy", -1.0), ("final_accuracy", -1.0)):
         values = [m["metrics"][metric] for m in members if isinstance(m["metrics"].get(metric), (int, float))]
         if values:
             return sign * statistics.fmean(values)

@@ -50,6 +50,8 @@ class Subspace(ABC):
     protects: ClassVar[bool] = False
     #: coordinates are of the same shape as the gradient: there is no basis whose change could stale moments
     full_size: ClassVar[bool] = False
+    #: a full-size constraint whose lift is linear: gradients lifted once keep a linear optimizer's steps inside
+    linear_in_place: ClassVar[bool] = False
 
     def __init__(self, *, side: Side = "short", seed: int = 0) -> None:
         self.side = side
@@ -113,6 +115,10 @@ class Subspace(ABC):
     @abstractmethod
     def lift(self, Z: Tensor, members: Members = ALL) -> Tensor:
         """The full-size direction (b, p, q) that coordinates Z stand for."""
+
+    def arrives_clean(self, names: Sequence[str]) -> bool:
+        """Whether the gradients of these parameters are in the subspace as they come; asked once per step."""
+        return False
 
     def factors(self, members: Members = ALL) -> Tensor | None:
         """Pᵀ (b, r, q) when the lift is the plain product Z Pᵀ, so that it can be fused into the weight; else None."""

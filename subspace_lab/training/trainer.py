@@ -41,7 +41,7 @@ class TrainerPlan:
         precision: 32-true, bf16-true (weights, gradients and moments in bf16: GaLore's setting), bf16-mixed, 16-mixed.
         max_steps: optimizer steps.
         max_epochs: passes over the training data instead; when set, max_steps follows from it (rounded up).
-        val_every: optimizer steps between validations; one always follows the last step.
+        val_every: optimizer steps between validations; one always follows the last step. null: none in between.
         val_batches: batches of a validation per process; null is all of them.
         checkpoint_every: optimizer steps between checkpoints; one always follows the last step. 0 keeps none.
         keep_checkpoints: how many checkpoints stay on the disk.
@@ -60,7 +60,7 @@ class TrainerPlan:
     precision: Precision = "32-true"
     max_steps: int = 1000
     max_epochs: int | None = None
-    val_every: int = 100
+    val_every: int | None = 100
     val_batches: int | None = None
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
@@ -72,9 +72,9 @@ class TrainerPlan:
     progress: Progress = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("num_nodes", "max_steps", "val_every", "keep_checkpoints", "log_every"):
+        for name in ("num_nodes", "max_steps", "keep_checkpoints", "log_every"):
             _at_least_one(name, getattr(self, name))
-        for name in ("val_batches", "accumulate_grad_batches", "max_epochs"):
+        for name in ("val_every", "val_batches", "accumulate_grad_batches", "max_epochs"):
             if getattr(self, name) is not None:
                 _at_least_one(name, getattr(self, name))
         if self.devices != "auto":
@@ -166,14 +166,19 @@ class TrainerPlan:
         Raises:
             UserError: the length of a pass is not known.
         """
+        if self.max_epochs is not None:
+            self.max_steps = self.steps(train_rows, batch_size, accumulation)
+
+    def steps(self, train_rows: int | None, batch_size: int, accumulation: int) -> int:
+        """Return how many optimizer steps training on these data takes; see `settle_length`."""
         if self.max_epochs is None:
-            return
+            return self.max_steps
         if train_rows is None:
             raise UserError(
                 f"trainer.max_epochs={self.max_epochs}, but streamed text has no known length",
                 hint="set trainer.max_steps and leave trainer.max_epochs=null",
             )
-        self.max_steps = -(-self.max_epochs * train_rows // (batch_size * self.world_size * accumulation))
+        return -(-self.max_epochs * train_rows // (batch_size * self.world_size * accumulation))
 
     def check_method(self, method: Method, accumulation: int) -> None:
         """Refuse, in one line, what this method cannot do together with these settings.
@@ -243,8 +248,9 @@ class TrainerPlan:
             precision=self.precision,
             max_steps=self.max_steps,
             max_epochs=-1,
-            val_check_interval=self.val_every * accumulation,
-            check_val_every_n_epoch=None,
+            # Never in between: a fit is one endless epoch, whose end does not come.
+            val_check_interval=None if self.val_every is None else self.val_every * accumulation,
+            check_val_every_n_epoch=None if self.val_every else 1,
             limit_val_batches=1.0 if self.val_batches is None else self.val_batches,
             num_sanity_val_steps=0,
             accumulate_grad_batches=accumulation,

@@ -88,10 +88,26 @@ class WandbRunLogger(Logger):
         if self._run is not None:
             self._guard(lambda: self._run.log({**metrics, "step": step}))
 
+    def log_table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """Send a table."""
+        if self._run is None:
+            return
+        import wandb
+
+        self._guard(lambda: self._run.log({name: wandb.Table(columns=[*columns], data=rows)}))
+
     def finalize(self, status: str) -> None:
-        """End the W&B run."""
+        """End a failed W&B run. Lightning calls this after every loop; a good run is ended by `close`."""
+        if status != "success":
+            self._finish(1)
+
+    def close(self) -> None:
+        """End the W&B run, when everything is logged."""
+        self._finish(0)
+
+    def _finish(self, exit_code: int) -> None:
         if self._run is not None:
-            self._guard(lambda: self._run.finish(exit_code=0 if status == "success" else 1))
+            self._guard(lambda: self._run.finish(exit_code=exit_code))
             self._run = None
 
     def _guard(self, action: Callable[[], object]) -> None:

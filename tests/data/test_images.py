@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from subspace_lab.data import image_sources, image_trees
-from subspace_lab.data.images import ImageDataModule, crop_flip
+from subspace_lab.data.image_examples import crop_flip
+from subspace_lab.data.images import ImageDataModule
 from subspace_lab.data.packing import IGNORE, Batch
 from subspace_lab.errors import UserError
 
@@ -265,12 +266,12 @@ def test_damaged_files_are_one_line(mnist_folder: Path) -> None:
 
 def test_an_epoch_of_batches_costs_little() -> None:
     """60000 images of MNIST's size as batches of 128, far below a second (0.1 s when the machine is idle)."""
-    from subspace_lab.data.images import ImageExamples
+    from subspace_lab.data.image_examples import ImageExamples, Look
     from subspace_lab.data.order import EpochOrder
 
     images = torch.zeros(60_000, 1, 28, 28, dtype=torch.uint8)
-    one = torch.ones(1, 1, 1)
-    examples = ImageExamples(images, torch.zeros(60_000, dtype=torch.int64), torch.arange(60_000), one, one, "")
+    look = Look((1, 28, 28), torch.ones(1, 1, 1), torch.ones(1, 1, 1))
+    examples = ImageExamples(images, torch.zeros(60_000, dtype=torch.int64), torch.arange(60_000), look, "")
     order = EpochOrder(60_000, 0)
     start = time.process_time()
     for index in range(469):

@@ -29,6 +29,7 @@ class Checkpointing(Callback):
         timing: the clock to stop meanwhile.
 
     Attributes:
+        start_step: optimizer steps before this fit: of the tasks before, in a sequence of them.
         validation_due: a validation belongs to the current step and has not finished.
         validated_at: the step after which the last validation ran, -1 before the first.
     """
@@ -37,6 +38,7 @@ class Checkpointing(Callback):
         self.run_dir = run_dir
         self.every = every
         self.timing = timing
+        self.start_step = 0
         self.validation_due = False
         self.validated_at = -1
         self._saved_at = -1
@@ -117,7 +119,7 @@ class Checkpointing(Callback):
         """Put the loop between two batches and drop logged rows of steps that will be run again."""
         step = int(checkpoint["global_step"])
         self._saved_at = step
-        canonical_loops(checkpoint["loops"]["fit_loop"], step, trainer.accumulate_grad_batches)
+        canonical_loops(checkpoint["loops"]["fit_loop"], step - self.start_step, trainer.accumulate_grad_batches)
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 if hasattr(logger, "drop_rows_after"):
@@ -129,7 +131,7 @@ def canonical_loops(state: dict[str, Any], step: int, accumulation: int) -> None
 
     Args:
         state: the checkpoint's `loops.fit_loop`, changed in place.
-        step: finished optimizer steps.
+        step: finished optimizer steps of this fit.
         accumulation: micro-batches per step from now on.
     """
     batches = step * accumulation
