@@ -8,6 +8,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+WORKERS ?= 2
+# A thread for each of the processes that share the tests.
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python
 
 .PHONY: help run install test test-slow lint format bench bench-gpu clean
@@ -20,8 +23,8 @@ run: $(VENV)/.installed ## the demo, or ARGS="method=… data=…" for anything 
 
 install: $(VENV)/.installed ## the environment in .venv, without running anything
 
-test: $(VENV)/.installed-dev ## all tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+test: $(VENV)/.installed-dev ## all tests but the slow ones, in WORKERS=2 processes
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.installed-dev ## the slow tests alone
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -35,12 +38,14 @@ format: $(VENV)/.installed-dev ## mend formatting and what lint can mend
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-bench ## CPU times: optimizers beside torch and galore-torch, projections beside a stored one, subspaces beside SVDs
+bench: $(VENV)/.installed-bench ## CPU times: optimizers beside torch and galore-torch, projections, class subspaces, continual learning
+	$(BIN)/python scripts/bench_continual.py $(ARGS)
 	$(BIN)/python scripts/bench_manifolds.py $(ARGS)
 	$(BIN)/python scripts/bench_projections.py $(ARGS)
 	$(BIN)/python scripts/bench.py $(ARGS)
 
 bench-gpu: $(VENV)/.installed-bench ## the same on CUDA, with LLaMA-1B and 10^8 parameters
+	$(BIN)/python scripts/bench_continual.py --device cuda $(ARGS)
 	$(BIN)/python scripts/bench_manifolds.py --device cuda $(ARGS)
 	$(BIN)/python scripts/bench_projections.py --device cuda $(ARGS)
 	$(BIN)/python scripts/bench.py --device cuda $(ARGS)

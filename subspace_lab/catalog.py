@@ -46,7 +46,7 @@ MAIN_GROUPS = (
 )
 
 # An entry of a defaults list that is another file of the same group.
-_BUILDS_ON = re.compile(r"^ +- (?!override |_self_|/)\w+$", re.MULTILINE)
+_BUILDS_ON = re.compile(r"^ +- (?!override |_self_|/)(\w+)$", re.MULTILINE)
 _SIZE = re.compile(r"(\D+|(?<=\d)$|^)(\d*)([kmb]?(?![a-z]))")
 _KEY = re.compile(r"^( *)([A-Za-z_]\w*):(.*)$")
 
@@ -122,8 +122,9 @@ def keys(group: str, option: str | None = None) -> list[str]:
         path = conf_root() / group / f"{name}.yaml"
         if path.is_file():
             found.update(dict.fromkeys(_file_keys(path, group)))
-            if option is not None and _BUILDS_ON.search(path.read_text(encoding="utf-8")):
-                return keys(group)  # it builds on another file of the group
+            if option is not None:
+                for base in _BUILDS_ON.findall(path.read_text(encoding="utf-8")):
+                    found.update(dict.fromkeys(keys(group, base)))
     return list(found)
 
 

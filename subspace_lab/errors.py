@@ -7,6 +7,7 @@ Exit codes (rendered by `subspace_lab.cli`): 2 for `UserError` and for running o
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 
 
@@ -48,10 +49,18 @@ def nearest(name: str, options: Iterable[str]) -> str | None:
     folded = _fold(name)
     if folded in by_folded:
         return by_folded[folded]
-    close = difflib.get_close_matches(folded, by_folded, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(folded, by_folded, n=5, cutoff=0.6)
+    # Of equally close ones, the one with more of the beginning: `gpn` is gpm rather than sgp.
+    close.sort(
+        key=lambda option: (_likeness(option, folded), len(os.path.commonprefix([option, folded]))), reverse=True
+    )
     if not close and len(folded) >= 3:
         close = sorted((option for option in by_folded if option.startswith(folded)), key=len)[:1]
     return by_folded[close[0]] if close else None
+
+
+def _likeness(option: str, name: str) -> float:
+    return round(difflib.SequenceMatcher(None, option, name).ratio(), 9)
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

@@ -23,7 +23,7 @@ def export_state(optimizer: SubspaceOptimizer) -> Entries:
     for unit in optimizer.units:
         for index, s in enumerate(unit.stacks):
             for i, key in enumerate(s.keys):
-                entry: dict[str, Any] = {"t": s.t} | _counters(unit, index)
+                entry: dict[str, Any] = {"t": s.t} | _counters(unit, unit.inner_groups[index])
                 entry |= {f"subspace.{k}": v for k, v in s.subspace.member_state(i).items()}
                 state = unit.inner.state.get(s.coords[0 if s.stacked else i], {})
                 entry |= {f"inner.{k}": _member(s, v, i) for k, v in state.items()}
@@ -31,7 +31,7 @@ def export_state(optimizer: SubspaceOptimizer) -> Entries:
         for index, (_, params) in enumerate(unit.plain, len(unit.stacks)):
             for p in params:
                 state = {f"inner.{k}": v for k, v in unit.inner.state.get(p, {}).items()}
-                entries[names[p]] = {"t": unit.t} | _counters(unit, index) | state
+                entries[names[p]] = {"t": unit.t} | _counters(unit, unit.inner_groups[index]) | state
     return entries
 
 
@@ -60,7 +60,10 @@ def import_state(optimizer: SubspaceOptimizer, entries: Entries) -> None:
     names = {p: n for g in optimizer.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
     for unit in optimizer.units:
         states: list[dict[str, Any]] = []  # one per inner parameter, in the inner optimizer's order
-        first = [s.keys[0] for s in unit.stacks] + [names[params[0]] for _, params in unit.plain]
+        members = [s.keys[0] for s in unit.stacks] + [names[params[0]] for _, params in unit.plain]
+        first: dict[int, str] = {}  # a member of every inner group
+        for group, name in zip(unit.inner_groups, members, strict=True):
+            first.setdefault(group, name)
         for s in unit.stacks:
             mine = [entries.get(k, {}) for k in s.keys]
             if all(mine):
@@ -71,8 +74,8 @@ def import_state(optimizer: SubspaceOptimizer, entries: Entries) -> None:
             states += [_strip(entries.get(names[p], {}), "inner.") for p in params]
         template = unit.inner.state_dict()
         template["state"] = {i: state for i, state in enumerate(states) if state}
-        for group, name in zip(template["param_groups"], first, strict=True):
-            group.update(_strip(entries.get(name, {}), "group."))
+        for index, options in enumerate(template["param_groups"]):
+            options.update(_strip(entries.get(first[index], {}), "group."))
         unit.inner.load_state_dict(template)
 
 

@@ -68,6 +68,8 @@ class Stack:
         self.names = [n for n, _ in named]
         self.params: list[Tensor] = [p for _, p in named]
         self.natives = self.transposed.count(False)
+        #: a single weight that is its own matrix
+        self.plain = len(named) == 1 and not flat and self.params[0].ndim == 2 and not self.transposed[0]
         self.offsets = [offsets[k] for k in self.keys]
         self.device = self.params[0].device
         self.subspace = subspace.allocate(self.shape, names=self.keys, device=self.device, transposed=self.transposed)

@@ -56,9 +56,22 @@ class Unit:
     ) -> None:
         self.stacks, self.plain, self.outer, self.t = stacks, plain, outer, t
         self.factory, self.rules, self.meter = factory, rules, meter
-        self.owners: list[tuple[int, Stack | None]] = [(s.group, s) for s in stacks] + [(g, None) for g, _ in plain]
-        groups = [{"params": s.coords, "kind": "matrix", **self._options(s.group, s)} for s in stacks]
-        groups += [{"params": ps, "kind": outer[g]["kind"], **self._options(g, None)} for g, ps in plain]
+        self.owners: list[tuple[int, Stack | None]] = []
+        groups: list[dict[str, Any]] = []
+        #: the inner group of each stack, then of each group of plain weights
+        self.inner_groups: list[int] = []
+        for s in stacks:
+            last = self.owners[-1] if self.owners else None
+            if s.direct and last is not None and last[1] is not None and last[1].direct and last[0] == s.group:
+                groups[-1]["params"] = [*groups[-1]["params"], *s.coords]  # every group costs a step its overhead
+            else:
+                groups.append({"params": s.coords, "kind": "matrix", **self._options(s.group, s)})
+                self.owners.append((s.group, s))
+            self.inner_groups.append(len(groups) - 1)
+        for g, ps in plain:
+            groups.append({"params": ps, "kind": outer[g]["kind"], **self._options(g, None)})
+            self.owners.append((g, None))
+            self.inner_groups.append(len(groups) - 1)
         self.inner = factory(groups)
 
     def weights(self) -> list[Tensor]:
@@ -158,7 +171,9 @@ class Unit:
         clean = s.subspace.arrives_clean(s.keys) and not decay
         energy: list[Tensor] = []
         if not self.meter.measure and not decay and s.B == 1:  # the same in fewer words, for small layers' sake
-            if not clean:
+            if not clean and s.plain:
+                grads = [s.subspace.lift_one(grads[0])]
+            elif not clean:
                 grads = [s.restore(s.subspace.lift(s.matrix(grads[0], 0).unsqueeze(0))[0], 0)]
         elif not clean or self.meter.measure:
             lifted: list[Tensor] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import sys
 import time
 from collections.abc import Iterator
@@ -144,7 +144,8 @@ class TaskSequence:
         end = self._ends_at if self._ends_at is not None else at.start_step + self._steps
         self.objective.current = self.objective.judged = at.task
         crew = self._crew(TaskProgress(at, self.method.state_dict, self._prepare))
-        plan = dataclasses.replace(self.plan, max_steps=end)
+        plan = copy.copy(self.plan)
+        plan.max_steps = end  # 0, which is refused of a user, where nothing is trained by gradients
         self.trainer = plan.create(
             accumulation=accumulation, callbacks=crew.callbacks, loggers=self.loggers, run_dir=self.run_dir
         )

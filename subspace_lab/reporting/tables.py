@@ -170,7 +170,9 @@ def beside_published(metrics: Mapping[str, Any], published: Mapping[str, Any]) -
     from rich import box
     from rich.table import Table
 
-    table = Table(title=f"beside {published['source']}", title_justify="left", box=box.SIMPLE_HEAD)
+    source = published.get("paper", published["source"])
+    seen = f" (seen: {published['seen']})" if "seen" in published else ""
+    table = Table(title=f"beside {source}{seen}", title_justify="left", box=box.SIMPLE_HEAD)
     for column, side in (
         ("", "left"),
         ("published", "right"),

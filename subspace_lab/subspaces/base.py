@@ -120,6 +120,10 @@ class Subspace(ABC):
         """Whether the gradients of these parameters are in the subspace as they come; asked once per step."""
         return False
 
+    def lift_one(self, Z: Tensor) -> Tensor:
+        """`lift` of the one matrix (p, q) of a stack of one."""
+        return self.lift(Z.unsqueeze(0))[0]
+
     def factors(self, members: Members = ALL) -> Tensor | None:
         """Pᵀ (b, r, q) when the lift is the plain product Z Pᵀ, so that it can be fused into the weight; else None."""
         return None

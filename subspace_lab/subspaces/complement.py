@@ -134,6 +134,10 @@ class Complement(Subspace):
         return self.remove(Z, members)
 
     @override
+    def lift_one(self, Z: Tensor) -> Tensor:
+        return self._alone(0)(Z) if self.width else Z
+
+    @override
     def arrives_clean(self, names: Sequence[str]) -> bool:
         answers = [name in self.clean and self.clean[name]() for name in names]  # all are asked: it resets the question
         return all(answers)

