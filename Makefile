@@ -40,6 +40,7 @@ format: $(VENV)/.installed-dev ## mend formatting and what lint can mend
 
 bench: $(VENV)/.installed-bench ## CPU times: optimizers beside torch and galore-torch, projections, class subspaces, continual learning
 	$(BIN)/python scripts/bench_continual.py $(ARGS)
+	$(BIN)/python scripts/bench_continual_epochs.py $(ARGS)
 	$(BIN)/python scripts/bench_manifolds.py $(ARGS)
 	$(BIN)/python scripts/bench_projections.py $(ARGS)
 	$(BIN)/python scripts/bench.py $(ARGS)

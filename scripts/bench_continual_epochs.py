@@ -2,10 +2,10 @@
 
     python scripts/bench_continual_epochs.py          (make bench)
 
-`protocol=continual` on digits enlarged to 28 × 28 pixels with permuted MNIST's network and batch (784-100-100-10 without
-biases, batch 10, SGD).  GPM's bases are random, of the ranks that permuted MNIST ends with (544, 99, 84) and of half the
-space, where projecting costs most (392).  Each round trains one task with every candidate, in turn; figures are wall
-clock, medians of the rounds; ratios are the medians of each round's.
+`protocol=continual` on digits enlarged to 28 × 28 pixels with permuted MNIST's network and batch (784-100-100-10
+without biases, batch 10, SGD).  GPM's bases are random, of the ranks that permuted MNIST ends with (544, 99, 84) and
+of half the space, where projecting costs most (392).  Each round trains one task with every candidate, in turn;
+figures are wall clock, medians of the rounds; ratios are the medians of each round's.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ Exit codes (rendered by `subspace_lab.cli`): 2 for `UserError` and for running o
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterable
 
 
@@ -51,12 +50,15 @@ def nearest(name: str, options: Iterable[str]) -> str | None:
         return by_folded[folded]
     close = difflib.get_close_matches(folded, by_folded, n=5, cutoff=0.6)
     # Of equally close ones, the one with more of the beginning: `gpn` is gpm rather than sgp.
-    close.sort(
-        key=lambda option: (_likeness(option, folded), len(os.path.commonprefix([option, folded]))), reverse=True
-    )
+    close.sort(key=lambda option: (_likeness(option, folded), _shared_beginning(option, folded)), reverse=True)
     if not close and len(folded) >= 3:
         close = sorted((option for option in by_folded if option.startswith(folded)), key=len)[:1]
     return by_folded[close[0]] if close else None
+
+
+def _shared_beginning(option: str, name: str) -> int:
+    pairs = enumerate(zip(option, name, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(option), len(name)))
 
 
 def _likeness(option: str, name: str) -> float:

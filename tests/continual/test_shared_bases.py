@@ -1,4 +1,4 @@
-"""Two processes over gloo: the first finds the bases, both have them, and no applied update enters what they protect."""
+"""Two processes over gloo: the first finds the bases, both have them, and no update enters what they protect."""
 
 from __future__ import annotations
 

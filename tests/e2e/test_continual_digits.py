@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -63,3 +66,25 @@ def test_the_embedded_default(tmp_path: Path) -> None:
     assert 0.4 < found["naive"] < 0.6
     assert 0.86 < found["gpm"] < 0.95
     assert found["joint"] > 0.94
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
+    """Bases are found by the first process and protect in both; started as a user would."""
+    words = ["method=gpm", "scenario.tasks=2", "trainer.max_steps=100", "trainer.progress=off", "export=false"]
+    alone = learn(tmp_path, "gpm", 0, *words[1:], "data.batch_size=10")
+    two = tmp_path / "two"
+    ddp = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=5", "seed=0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "subspace_lab", *words, *ddp, f"hydra.run.dir={two}"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    together = json.loads((two / "results.json").read_text())
+    for left, right in zip(*(run["continual"]["accuracy_matrix"] for run in (alone, together)), strict=True):
+        assert left == pytest.approx(right, abs=0.02)
+    assert alone["continual"]["ranks"][0] == together["continual"]["ranks"][0]

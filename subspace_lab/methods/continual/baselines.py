@@ -14,7 +14,7 @@ class Naive(ContinualMethod):
 
 
 class Joint(ContinualMethod):
-    """All tasks at once, in as many steps as the sequence has together: the upper bound, of which only the end is defined."""
+    """All tasks at once, in the steps of the whole sequence: the upper bound, of which only the end is defined."""
 
     name: ClassVar[str] = "joint"
     schedule: ClassVar[Literal["sequence", "joint"]] = "joint"

@@ -40,12 +40,11 @@ from typing_extensions import override
 
 from subspace_lab.continual.activations import Layers, protected_layers
 from subspace_lab.continual.context import TaskContext
-from subspace_lab.continual.memory import BasisMemory
 from subspace_lab.errors import UserError
 from subspace_lab.linalg.energy import energy_directions
 from subspace_lab.methods.continual.adapting import check_positive, check_share, groups_with_head
-from subspace_lab.methods.continual.base import ContinualMethod
 from subspace_lab.methods.continual.protecting import freeze_rest, weight_of
+from subspace_lab.methods.continual.remembering import RememberingMethod
 from subspace_lab.optim.subspace_optimizer import SubspaceOptimizer
 from subspace_lab.optim.traits import OptimizerFactory
 from subspace_lab.subspaces.within import Sketched
@@ -53,7 +52,7 @@ from subspace_lab.subspaces.within import Sketched
 ATTENTION_OUTPUT = r"attn\.proj$"
 
 
-class CoSO(ContinualMethod):
+class CoSO(RememberingMethod):
     """Any optimizer in a gradient's leading subspace, outside the directions of earlier tasks.
 
     Args:
@@ -92,10 +91,10 @@ class CoSO(ContinualMethod):
         if head_lr is not None:
             check_positive(head_lr, "head_lr")
         check_share(threshold, "threshold")
+        super().__init__()
         self.r1, self.r2, self.every, self.threshold = r1, r2, every, threshold
         self.side, self.variant, self.solver = side, variant, solver
         self.targets, self.head_lr, self.temperature = targets, head_lr, temperature
-        self.memory = BasisMemory()
         self._optimizer: SubspaceOptimizer | None = None
         self._layers: Layers = {}
 
@@ -150,26 +149,6 @@ class CoSO(ContinualMethod):
         for path, M in task.share(found).items():
             self.memory.put(path, M)
         self._optimizer = None
-
-    @override
-    def ranks(self) -> dict[str, int]:
-        return self.memory.ranks()
-
-    @override
-    def dimensions(self) -> dict[str, int]:
-        return {path: M.shape[0] for path, M in self.memory.items()}
-
-    @override
-    def basis_bytes(self) -> int:
-        return self.memory.bytes()
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"memory": self.memory.state_dict()}
-
-    @override
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.memory.load_state_dict(state["memory"])
 
     @override
     def metrics(self) -> dict[str, Any]:

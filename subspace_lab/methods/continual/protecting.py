@@ -18,13 +18,12 @@ from typing_extensions import override
 from subspace_lab.continual.activations import Layers, input_statistics, protected_layers
 from subspace_lab.continual.context import TaskContext
 from subspace_lab.continual.layers import ProtectedLinear, replace_linear
-from subspace_lab.continual.memory import BasisMemory
 from subspace_lab.continual.thresholds import Spec, Thresholds
 from subspace_lab.errors import UserError
 from subspace_lab.linalg.energy import energy_directions, row_directions
 from subspace_lab.linalg.frequent_directions import FrequentDirections
 from subspace_lab.linalg.removal import Removal
-from subspace_lab.methods.continual.base import ContinualMethod
+from subspace_lab.methods.continual.remembering import RememberingMethod
 from subspace_lab.models.task_heads import TaskHeads
 from subspace_lab.optim.subspace_optimizer import SubspaceOptimizer
 from subspace_lab.optim.traits import OptimizerFactory
@@ -33,7 +32,7 @@ from subspace_lab.subspaces import Complement, Subspace
 Statistic = Tensor | FrequentDirections
 
 
-class ProtectingMethod(ContinualMethod):
+class ProtectingMethod(RememberingMethod):
     """Base of methods that keep a basis M (d, k) of each layer's old inputs.
 
     Args:
@@ -54,9 +53,9 @@ class ProtectingMethod(ContinualMethod):
     def __init__(self, threshold: Spec = 0.97, samples: int | None = 300, targets: Sequence[str] | None = None) -> None:
         if samples is not None and samples < 1:
             raise UserError(f"method.samples={samples}: expected a positive number, or null for all examples")
+        super().__init__()
         self.thresholds = Thresholds(threshold)
         self.samples, self.targets = samples, targets
-        self.memory = BasisMemory()
         self.layers: Layers = {}
         self._index = 0
 
@@ -145,26 +144,6 @@ class ProtectingMethod(ContinualMethod):
             kind, _, path = name.partition("/")
             if kind == "bases":
                 self.memory.put(path, tensor)
-
-    @override
-    def ranks(self) -> dict[str, int]:
-        return self.memory.ranks()
-
-    @override
-    def dimensions(self) -> dict[str, int]:
-        return {path: M.shape[0] for path, M in self.memory.items()}
-
-    @override
-    def basis_bytes(self) -> int:
-        return self.memory.bytes()
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"bases": self.memory.state_dict()}
-
-    @override
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.memory.load_state_dict(state["bases"])
 
 
 def weight_of(path: str) -> str:
