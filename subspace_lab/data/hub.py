@@ -27,6 +27,6 @@ def require_network(url: str | None = None) -> None:
 
 def hub_error(tried: str, source: str, error: BaseException, hint: str) -> UserError:
     """One line for whatever was raised while `source` was looked for, after all that was `tried` before."""
-    reason = (str(error).strip().splitlines() or [""])[0][:160] or type(error).__name__
+    reason = (str(error).strip().splitlines() or [""])[0].split(". ")[0][:160] or type(error).__name__
     before = f"{tried}, and " if tried else ""
     return UserError(f"{before}cannot read {source} ({reason})", hint=hint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ def download(get: Callable[[], T], name: str) -> T:
     """Return what `get` fetches, or one line for being offline."""
     from subspace_lab.data.hub import hub_error
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # every attempt of an offline machine is no news
     try:
         return get()
     except TypeError:

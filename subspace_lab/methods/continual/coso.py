@@ -13,7 +13,7 @@ Two things depend on where one looks, and are options here:
 *   Which side.  The release takes LEFT singular vectors of a gradient in torch's layout (out, in): the space of errors
     that are propagated back.  MᵀΔW = 0 then says that no update adds to old tasks' *output directions*; what the layer
     answers to old inputs does change.  ``side: input`` takes right ones, so that ΔW M = 0 and inputs in the span of M
-    give what they gave.  ``output`` is the default, because every published figure was made with it.
+    give what they gave.  ``output`` is the default, as released.
 *   The sketch.  Frequent directions shrinks once, by the squared singular value r2 + 1 of (S, G').  The release shrinks
     each gradient's own spectrum first, then the joined one, which forgets more.
 
