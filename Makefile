@@ -9,8 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 WORKERS ?= 2
-# A thread for each of the processes that share the tests.
-PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+# A thread for each of the processes that share the tests, which must find the same tests in the same order.
+PYTEST := PYTHONHASHSEED=0 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python
 
 .PHONY: help run install test test-slow lint format bench bench-gpu clean
