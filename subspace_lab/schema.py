@@ -28,7 +28,19 @@ from subspace_lab.signatures import locate, schema_of
 RESERVED = frozenset({"_target_", "_partial_", "_recursive_", "_convert_", "_args_", "name", "recipe"})
 
 # Where a bare word is most likely meant.
-_LIKELY = ("method", "optimizer", "trainer", "data", "model", "scheduler", "subspace", "logger", "protocol", "scenario")
+_LIKELY = (
+    "method",
+    "optimizer",
+    "trainer",
+    "data",
+    "model",
+    "scheduler",
+    "subspace",
+    "logger",
+    "protocol",
+    "scenario",
+    "federation",
+)
 _ALIAS = re.compile(r"\$\{([\w.]+)\}$")
 
 Node = Mapping[str, Any] | None
@@ -48,6 +60,7 @@ class Root:
     published: str | None
     protocol: Node
     scenario: Node
+    federation: Node
     model: Node
     data: Node
     optimizer: Node
@@ -236,6 +249,13 @@ def _check_protocol(cfg: DictConfig) -> None:
         raise UserError(
             f"this method runs with protocol={' or '.join(allowed)}, not with protocol={chosen}",
             hint=f"write protocol={allowed[0]}",
+        )
+    if chosen == "federated" and cfg.get("federation") is None:
+        raise UserError("protocol=federated needs clients", hint="federation=clients_10")
+    if chosen != "federated" and cfg.get("federation") is not None:
+        raise UserError(
+            f"federation is for protocol=federated, and this method runs with protocol={chosen}",
+            hint="method=fedavg, method=fot, or no federation=",
         )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from subspace_lab.reporting.durations import clock
 from subspace_lab.training.callbacks.method import MethodDriver
 from subspace_lab.training.module import ExperimentModule
 
@@ -110,12 +111,3 @@ class ProgressDisplay(Callback):
         if steps:
             parts.append(f"{clock(seconds / steps * (trainer.max_steps - trainer.global_step))} left")
         return "  ".join(parts)
-
-
-def clock(seconds: float) -> str:
-    """Return a duration as 4s, 3:07 or 2:45:10."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    minutes, rest = divmod(whole, 60)
-    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

@@ -1,0 +1,1 @@
+"""Methods of `protocol=federated`: how a server makes one update out of those of its clients."""
