@@ -38,15 +38,17 @@ format: $(VENV)/.installed-dev ## mend formatting and what lint can mend
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-bench ## CPU times: optimizers beside torch and galore-torch, projections, class subspaces, continual learning
+bench: $(VENV)/.installed-bench ## CPU times: optimizers beside torch and galore-torch, projections, class subspaces, continual and federated learning
 	$(BIN)/python scripts/bench_continual.py $(ARGS)
 	$(BIN)/python scripts/bench_continual_epochs.py $(ARGS)
+	$(BIN)/python scripts/bench_federated.py $(ARGS)
 	$(BIN)/python scripts/bench_manifolds.py $(ARGS)
 	$(BIN)/python scripts/bench_projections.py $(ARGS)
 	$(BIN)/python scripts/bench.py $(ARGS)
 
 bench-gpu: $(VENV)/.installed-bench ## the same on CUDA, with LLaMA-1B and 10^8 parameters
 	$(BIN)/python scripts/bench_continual.py --device cuda $(ARGS)
+	$(BIN)/python scripts/bench_federated.py --device cuda --skip-flower $(ARGS)
 	$(BIN)/python scripts/bench_manifolds.py --device cuda $(ARGS)
 	$(BIN)/python scripts/bench_projections.py --device cuda $(ARGS)
 	$(BIN)/python scripts/bench.py --device cuda $(ARGS)

@@ -12,7 +12,7 @@ from pathlib import Path
 from subspace_lab import catalog
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-GROUPS = ("method", "scenario", "subspace", "optimizer", "model", "data")
+GROUPS = ("method", "scenario", "federation", "subspace", "optimizer", "model", "data")
 
 
 def table(group: str) -> str:

@@ -30,7 +30,7 @@ from subspace_lab.hydra_errors import CONFIG_ERRORS, explain, explain_null
 from subspace_lab.training.environment import quiet_lightning
 
 log = logging.getLogger(__name__)
-NO_CHOICE = ("subspace", "scenario", "experiment", "hparams_search", "debug")  # null in conf/config.yaml
+NO_CHOICE = ("subspace", "scenario", "federation", "experiment", "hparams_search", "debug")  # null in conf/config.yaml
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 # Cached, so that every use in a run and every job of a sweep sees one id.
@@ -161,8 +161,15 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def _prepare(options: argparse.Namespace, overrides: list[str]) -> list[str] | None:
     """Compose once, before Hydra runs; return overrides to add, or None if there is nothing left to do."""
     searchpath = [sweeps.searchpath([str(Path(options.config_dir).resolve())])] if options.config_dir else []
+    choices = {"multirun": options.multirun, "config_name": options.config_name}
     with _initialized():
-        cfg = _compose([*overrides, *searchpath], multirun=options.multirun, config_name=options.config_name)
+        try:
+            cfg = _compose([*overrides, *searchpath], **choices)
+        except CONFIG_ERRORS:
+            if not options.multirun:
+                raise
+            overrides[:] = sweeps.deferred(overrides)
+            cfg = _compose([*overrides, *searchpath], **choices)
         if cfg.hydra.mode == RunMode.MULTIRUN or options.multirun:
             return sweeps.prepare(cfg, overrides, lambda single: _compose([*single, *searchpath], multirun=False))
         job = _without_hydra(cfg)

@@ -27,6 +27,7 @@ PLURALS = {
     "loggers": "logger",
     "protocols": "protocol",
     "scenarios": "scenario",
+    "federations": "federation",
     "experiments": "experiment",
     "searches": "hparams_search",
 }
@@ -39,6 +40,7 @@ MAIN_GROUPS = (
     "model",
     "data",
     "scenario",
+    "federation",
     "protocol",
     "trainer",
     "logger",

@@ -121,7 +121,8 @@ def libraries() -> Iterator[Check]:
         yield _library(name, "fail")
     for name in ("transformers", "datasets", "tokenizers", "sentencepiece", "safetensors", "sklearn", "matplotlib"):
         yield _library(name, "warn")
-    for name, extra in (("timm", "vision"), ("torchao", "quant"), ("bitsandbytes", "quant"), ("submitit", "slurm")):
+    optional = (("bitsandbytes", "quant"), ("submitit", "slurm"), ("flwr", "flower"))
+    for name, extra in (("timm", "vision"), ("torchao", "quant"), *optional):
         if util.find_spec(name) is None:
             yield Check(name, "ok", f"not installed; optional: pip install 'subspace-lab[{extra}]'")
         else:

@@ -39,6 +39,7 @@ def run(cfg: DictConfig) -> float | None:
     Args:
         cfg: the composed and validated configuration; `paths.output_dir` is the run folder.
     """
+    schema.check_federation(cfg)
     if cfg.estimate:
         from subspace_lab.protocols.estimate import print_estimate
 
@@ -142,7 +143,8 @@ def _finish(
         section, target = found["continual"], run_dir / "plots" / accuracy_matrix.FILE
         accuracy_matrix.draw(section, target, f"{cfg.name}, seed {cfg.seed}")
         console.print(f"\n{accuracy_matrix.headline(section)}", accuracy_matrix.table(section), sep="\n")
-    title = f"{cfg.name}, seed {cfg.seed}, {found['timing'].get('steps', 0)} steps"
+    counted = "rounds" if "federated" in found else "steps"
+    title = f"{cfg.name}, seed {cfg.seed}, {found['timing'].get('steps', 0)} {counted}"
     plots.draw_loss([(label, folder) for label, folder, _ in runs], run_dir / "plots" / "loss.png", title)
     console.print(f"\n{title}")
     console.print(tables.comparison([(label, r["metrics"]) for label, _, r in runs]))

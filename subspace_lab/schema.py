@@ -250,6 +250,15 @@ def _check_protocol(cfg: DictConfig) -> None:
             f"this method runs with protocol={' or '.join(allowed)}, not with protocol={chosen}",
             hint=f"write protocol={allowed[0]}",
         )
+
+
+def check_federation(cfg: DictConfig) -> None:
+    """Refuse clients without a protocol for them, and that protocol without clients.
+
+    Raises:
+        UserError: see above.
+    """
+    chosen = str(cfg.protocol._target_).split(".")[-2]
     if chosen == "federated" and cfg.get("federation") is None:
         raise UserError("protocol=federated needs clients", hint="federation=clients_10")
     if chosen != "federated" and cfg.get("federation") is not None:

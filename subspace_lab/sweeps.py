@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from subspace_lab import catalog, rundir
 from subspace_lab.errors import UserError
+from subspace_lab.hydra_errors import CONFIG_ERRORS, explain
 
 # The launchers that run the jobs of a sweep in the process the user started, or in forks of it.
 LOCAL_LAUNCHERS = ("basic_launcher", "joblib_launcher")
@@ -33,7 +34,28 @@ def searchpath(folders: Sequence[str]) -> str:
     return f"hydra.searchpath=[{','.join(quote(f'file://{folder}') for folder in folders)}]"
 
 
-def prepare(cfg: DictConfig, overrides: list[str], compose: Callable[[list[str]], object]) -> list[str]:
+def deferred(overrides: Sequence[str]) -> list[str]:
+    """Leave values of groups to the jobs where the groups themselves are swept.
+
+    Hydra composes a sweep once without what is swept. A key of an option that only the swept ones choose
+    (`method=fedavg,flag federation.byzantine=1`) would be unknown there, unless it is swept too, over one value.
+
+    Returns:
+        The overrides, changed where a group is swept.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    if not any(o.is_sweep_override() and o.key_or_group in catalog.groups() for o in parsed):
+        return list(overrides)
+    told = []
+    for text, override in zip(overrides, parsed, strict=True):
+        root, dot, _ = override.key_or_group.partition(".")
+        waits = dot and root in catalog.groups() and root not in ("hydra", "paths", "trainer")
+        key, equals, value = text.partition("=")
+        told.append(f"{key}=choice({value})" if waits and equals and not override.is_sweep_override() else text)
+    return told
+
+
+def prepare(cfg: DictConfig, overrides: list[str], compose: Callable[[list[str]], DictConfig]) -> list[str]:
     """Check a sweep and choose its folder, `outputs/<name>/sweeps/<id>`, the same for all jobs whatever they vary.
 
     Args:
@@ -69,7 +91,11 @@ def prepare(cfg: DictConfig, overrides: list[str], compose: Callable[[list[str]]
             f"{elements[name]}={choices[0]}" for name, choices in swept.items() if name != key and name not in intervals
         ]
         for value in values[:MAX_CHECKED] if key not in intervals else ():
-            compose([*fixed, *others, f"{elements[key]}={value}"])
+            job = [*fixed, *others, f"{elements[key]}={value}"]
+            try:
+                compose(job)
+            except CONFIG_ERRORS as error:
+                raise explain(error, job, compose) from error
     if any(text.startswith("hydra.sweep.dir=") for text in overrides):
         return []
     group = Path(str(cfg.paths.output_root)) / _name(cfg, swept) / "sweeps"

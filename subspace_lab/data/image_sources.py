@@ -15,10 +15,21 @@ from torch import Tensor
 
 from subspace_lab.data.hub import hub_error, require_network
 from subspace_lab.data.image_trees import Tensors, class_folders, decoded, semicolon_table
+from subspace_lab.data.mini_imagenet import SHAPE, mini_imagenet
 from subspace_lab.errors import UserError
 
 Dataset = Literal[
-    "digits", "mnist", "fashion_mnist", "kmnist", "notmnist", "usps", "cifar10", "cifar100", "gtsrb", "svhn"
+    "digits",
+    "mnist",
+    "fashion_mnist",
+    "kmnist",
+    "notmnist",
+    "usps",
+    "cifar10",
+    "cifar100",
+    "gtsrb",
+    "svhn",
+    "mini_imagenet",
 ]
 DIGITS_TEST = 360
 
@@ -49,6 +60,7 @@ KINDS = {
     "cifar100": Kind((3, 32, 32), classes=100),
     "gtsrb": Kind((3, 32, 32), classes=43),
     "svhn": Kind((3, 32, 32)),
+    "mini_imagenet": Kind(SHAPE, classes=100),
 }
 
 _HINT = "SUBSPACE_DATA=/some/folder or data.data_dir=/some/folder says where data lies; data=digits needs none"
@@ -101,6 +113,8 @@ def load(dataset: str, data_dir: Path, cache_dir: Path) -> ImageSet:
         parts = _svhn(data_dir)
     elif dataset == "usps":
         parts = _usps(data_dir)
+    elif dataset == "mini_imagenet":
+        parts, note = mini_imagenet(data_dir / dataset, cache_dir, _HINT)
     else:
         parts, note = _idx(dataset, data_dir)
     kind = KINDS[dataset]
@@ -229,7 +243,7 @@ def _cifar(dataset: str, data_dir: Path, cache_dir: Path) -> Tensors:
             return _batches(kind, dataset, root)
     train, test = folder / "train", folder / "test"
     if train.is_dir() and test.is_dir():
-        parts = {part: class_folders(part) for part in (train, test)}
+        parts = [(part, class_folders(part)) for part in (train, test)]
         return decoded(dataset, KINDS[dataset].shape, parts, cache_dir)
     raise UserError(
         f"data={dataset}: neither {folder}/{kind.base_folder} nor {folder}/train and {folder}/test is there", hint=_HINT
@@ -255,7 +269,7 @@ def _gtsrb(data_dir: Path, cache_dir: Path) -> Tensors:
     if not (train.is_dir() and test.is_dir() and table.is_file()):
         raise UserError(f"data=gtsrb: {train}, {test} and {table} are not all there", hint=_HINT)
     try:
-        parts = {train: class_folders(train), test: semicolon_table(test, table)}
+        parts = [(train, class_folders(train)), (test, semicolon_table(test, table))]
     except _UNREADABLE as error:
         raise UserError(f"data=gtsrb: {table} and its images cannot be read ({error})", hint=_HINT) from error
     return decoded("gtsrb", KINDS["gtsrb"].shape, parts, cache_dir, resize=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,12 @@ _IMAGES = (".jpg", ".jpeg", ".png", ".ppm")
 
 
 def decoded(
-    dataset: str, shape: tuple[int, int, int], parts: dict[Path, list[Entry]], cache_dir: Path, *, resize: bool = False
+    dataset: str,
+    shape: tuple[int, int, int],
+    parts: Sequence[tuple[Path, list[Entry]]],
+    cache_dir: Path,
+    *,
+    resize: bool = False,
 ) -> Tensors:
     """The images of a training and a test part: minutes of decoding for one file in the cache.
 
@@ -41,7 +47,7 @@ def decoded(
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
-    listing = dict(zip(("train", "test"), parts.values(), strict=True))
+    listing = dict(zip(("train", "test"), (entries for _, entries in parts), strict=True))
     key = hashlib.blake2b(repr(listing).encode(), digest_size=10).hexdigest()
     cached = cache_dir / "images" / f"{dataset}-{key}.safetensors"
     names = ("train_images", "train_labels", "test_images", "test_labels")
@@ -50,7 +56,7 @@ def decoded(
         return tensors[names[0]], tensors[names[1]], tensors[names[2]], tensors[names[3]]
     except (OSError, SafetensorError, KeyError):
         pass  # not there yet, or damaged
-    train, test = (decode(dataset, shape, folder, entries, resize) for folder, entries in parts.items())
+    train, test = (decode(dataset, shape, folder, entries, resize) for folder, entries in parts)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         partial = cached.with_name(f".{cached.name}.{os.getpid()}")

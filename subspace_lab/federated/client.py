@@ -68,7 +68,10 @@ class ClientPool:
         self.device = torch.device(device)
         self.federation: Federation = build.instantiate(cfg.federation)
         method = build.build_method(cfg)
-        assert isinstance(method, FederatedMethod)
+        if not isinstance(method, FederatedMethod):
+            raise UserError(
+                f"method={method.name} does not aggregate what clients send", hint="method=fedavg, fot, flag or krum"
+            )
         self.method = method
         self.data: Any = build.build_data(cfg)
         if not hasattr(self.data, "draw"):

@@ -25,6 +25,7 @@ class Federation:
         rounds: of each task, or a list with those of every task.
         local_epochs: passes of a participant over its examples in a round.
         local_steps: optimizer steps of a participant in a round, in place of passes.
+        server_momentum: of the aggregated updates, afresh in every task (FedAvgM: Hsu, Qi & Brown 2019, arXiv 1909.06335).
         weighting: uniform: participants count equally; samples: by their number of examples (McMahan et al. 2017).
         engine: inprocess: all clients in this process, on its device; flower: Flower's simulation engine.
         byzantine: clients, the first ones, that send something else than their update.
@@ -46,6 +47,7 @@ class Federation:
         rounds: int | Sequence[int] = 20,
         local_epochs: int = 1,
         local_steps: int | None = None,
+        server_momentum: float = 0.0,
         weighting: Literal["uniform", "samples"] = "uniform",
         engine: Literal["inprocess", "flower"] = "inprocess",
         byzantine: int = 0,
@@ -60,6 +62,8 @@ class Federation:
             raise UserError(f"federation.local_steps={local_steps}: expected at least 1, or null for local_epochs")
         if alpha <= 0:
             raise UserError(f"federation.alpha={alpha:g}: expected a positive number")
+        if not 0 <= server_momentum < 1:
+            raise UserError(f"federation.server_momentum={server_momentum:g}: expected 0 or more, less than 1")
         if not 0 <= byzantine < clients:
             raise UserError(f"federation.byzantine={byzantine}: expected 0 to {clients - 1} of the {clients} clients")
         if seed is not None and seed < 0:
@@ -81,6 +85,7 @@ class Federation:
         self.clients, self.participants = clients, _participants(participation, clients)
         self.partition, self.shards, self.alpha = partition, shards, alpha
         self.local_epochs, self.local_steps, self.weighting = local_epochs, local_steps, weighting
+        self.server_momentum = server_momentum
         self.engine, self.byzantine, self.attack = engine, byzantine, attack
         self.secure_aggregation, self._seed, self._rounds = secure_aggregation, seed, rounds
 
@@ -119,6 +124,8 @@ class Federation:
             seed: of the run.
             always: clients that take part in every round.
         """
+        if any(not 0 <= client < self.clients for client in always):
+            raise UserError(f"method.target={max(always)}: expected 0 to {self.clients - 1}, the number of a client")
         generator = np.random.default_rng(derive_key("participants/1", self.seed(seed), round_index))
         others = np.setdiff1d(np.arange(self.clients), np.asarray(always, dtype=np.int64))
         wanted = max(0, self.participants - len(always))
@@ -136,6 +143,7 @@ class Federation:
             "participants": self.participants,
             "partition": self.partition,
             "local": {"steps": self.local_steps} if self.local_steps else {"epochs": self.local_epochs},
+            "server_momentum": self.server_momentum,
             "weighting": self.weighting,
             "engine": self.engine,
             "secure_aggregation": self.secure_aggregation,

@@ -48,7 +48,7 @@ class InputSketch:
             self.Y += matmul(rest.mT, rest)
             return
         G = torch.randn(len(rest), self._width, generator=self._generator, device=rest.device)
-        self.Y += matmul(rest.mT, G)
+        self.Y += matmul(rest.mT, G.to(rest.dtype))
 
     def energies_of(self, examples: int) -> Tensor:
         """What goes with the sketch of so many examples (4,), float64: see `ENERGIES`."""

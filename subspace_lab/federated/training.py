@@ -147,7 +147,7 @@ def train_stacked(
     count = len(steps)
     device = weights.device.type
     holder = _LossOf(model.train(), recipe.loss)
-    shared = {name: p.detach() for name, p in model.named_parameters()}
+    shared = {name: p.detach() for name, p in model.named_parameters()} | layout.named(weights)
     taken = {name for name, p in model.named_parameters() if p.requires_grad}
     start = weights.expand(count, -1)
     stacks = {name: view.clone().requires_grad_() for name, view in layout.named(start).items() if name in taken}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,10 @@ from subspace_lab.linalg import derive_key
 from subspace_lab.models.initialization import bell_
 from subspace_lab.models.shapes import Shape, need
 
-_TORCH, _HE = 1 / 3, 2.0  # variance times fan_in
+Norms = Callable[[int], nn.Module]
+"""Makes what follows a layer of so many channels."""
+
+TORCH, _HE = 1 / 3, 2.0  # variance times fan_in
 
 
 def build_gpm_alexnet(
@@ -35,28 +39,8 @@ def build_gpm_alexnet(
     Raises:
         UserError: the images are too small, or no data to take the sizes from.
     """
-    (channels, height, width), classes = need(data_shape, data_classes)
-    if min(height, width) < 19:
-        raise _too_small("gpm_alexnet", 19, height, width)
-    pixels = math.prod(_after_alexnet(size) for size in (height, width))
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    shapes = ((channels, 64, 4, 0.2), (64, 128, 3, 0.2), (128, 256, 2, 0.5))
-    for number, (inputs, outputs, kernel, drop) in enumerate(shapes, 1):
-        layers[f"conv{number}"] = nn.Conv2d(inputs, outputs, kernel, bias=False)
-        layers[f"bn{number}"] = nn.BatchNorm2d(outputs, track_running_stats=running_statistics)
-        layers[f"relu{number}"] = nn.ReLU()
-        layers[f"drop{number}"] = nn.Dropout(drop)
-        layers[f"pool{number}"] = nn.MaxPool2d(2)
-    layers["flatten"] = nn.Flatten()
-    for number, (inputs, outputs) in enumerate(((256 * pixels, 2048), (2048, 2048)), 1):
-        layers[f"fc{number}"] = nn.Linear(inputs, outputs, bias=False)
-        layers[f"bn{number + 3}"] = nn.BatchNorm1d(outputs, track_running_stats=running_statistics)
-        layers[f"relu{number + 3}"] = nn.ReLU()
-        layers[f"drop{number + 3}"] = nn.Dropout(0.5)
-    layers["head"] = nn.Linear(2048, classes, bias=False)
-    model = nn.Sequential(layers)
-    _initialize(model, _TORCH)
-    return model
+    shape, classes = need(data_shape, data_classes)
+    return alexnet("gpm_alexnet", shape, classes, *batch_norms(running_statistics))
 
 
 def build_gpm_lenet(*, data_shape: Shape | None = None, data_classes: int | None = None) -> nn.Sequential:
@@ -83,7 +67,7 @@ def build_gpm_lenet(*, data_shape: Shape | None = None, data_classes: int | None
         layers[f"relu{number + 2}"] = nn.ReLU()
     layers["head"] = nn.Linear(500, classes, bias=False)
     model = nn.Sequential(layers)
-    _initialize(model, _HE)
+    draw_weights(model, _HE)
     return model
 
 
@@ -105,27 +89,96 @@ def build_gpm_resnet18(
     Raises:
         UserError: a width below 1, the images are too small, or no data to take the sizes from.
     """
-    (channels, height, columns), classes = need(data_shape, data_classes)
+    shape, classes = need(data_shape, data_classes)
+    return resnet18("gpm_resnet18", shape, classes, width, batch_norms(running_statistics)[0])
+
+
+def batch_norms(statistics: bool) -> tuple[Norms, Norms]:
+    """Return BatchNorm of convolutions and of linear layers, with or without running statistics."""
+
+    def images(channels: int) -> nn.Module:
+        return nn.BatchNorm2d(channels, track_running_stats=statistics)
+
+    def features(channels: int) -> nn.Module:
+        return nn.BatchNorm1d(channels, track_running_stats=statistics)
+
+    return images, features
+
+
+def alexnet(name: str, shape: Shape, classes: int, after_conv: Norms, after_linear: Norms) -> nn.Sequential:
+    """The AlexNet-like network with other normalisation than BatchNorm, or none (`nn.Identity`).
+
+    Args:
+        name: of the model, for messages.
+        shape: (channels, height, width) of the images, at least 19×19.
+        classes: how many outputs.
+        after_conv: makes what follows each convolution, given its channels.
+        after_linear: likewise for linear layers.
+
+    Raises:
+        UserError: the images are too small.
+    """
+    channels, height, width = shape
+    if min(height, width) < 19:
+        raise _too_small(name, 19, height, width)
+    pixels = math.prod(_after_alexnet(size) for size in (height, width))
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    shapes = ((channels, 64, 4, 0.2), (64, 128, 3, 0.2), (128, 256, 2, 0.5))
+    for number, (inputs, outputs, kernel, drop) in enumerate(shapes, 1):
+        layers[f"conv{number}"] = nn.Conv2d(inputs, outputs, kernel, bias=False)
+        layers[f"bn{number}"] = after_conv(outputs)
+        layers[f"relu{number}"] = nn.ReLU()
+        layers[f"drop{number}"] = nn.Dropout(drop)
+        layers[f"pool{number}"] = nn.MaxPool2d(2)
+    layers["flatten"] = nn.Flatten()
+    for number, (inputs, outputs) in enumerate(((256 * pixels, 2048), (2048, 2048)), 1):
+        layers[f"fc{number}"] = nn.Linear(inputs, outputs, bias=False)
+        layers[f"bn{number + 3}"] = after_linear(outputs)
+        layers[f"relu{number + 3}"] = nn.ReLU()
+        layers[f"drop{number + 3}"] = nn.Dropout(0.5)
+    layers["head"] = nn.Linear(2048, classes, bias=False)
+    model = nn.Sequential(layers)
+    draw_weights(model, TORCH)
+    return model
+
+
+def resnet18(name: str, shape: Shape, classes: int, width: int, norms: Norms, stem_stride: int = 1) -> nn.Module:
+    """The reduced ResNet-18 with other normalisation than BatchNorm, or none (`nn.Identity`).
+
+    Args:
+        name: of the model, for messages.
+        shape: (channels, height, width) of the images, at least 16×16 after the stem.
+        classes: how many outputs.
+        width: channels of the first stage.
+        norms: makes what follows each convolution, given its channels.
+        stem_stride: of the first convolution.
+
+    Raises:
+        UserError: a width below 1, the images are too small.
+    """
+    channels, height, columns = shape
     if width < 1:
         raise UserError(f"model.width={width}: expected at least 1")
-    if min(height, columns) < 16:
-        raise _too_small("gpm_resnet18", 16, height, columns)
-    model = _ResNet18(channels, width, running_statistics, (height, columns), classes)
-    _initialize(model, _TORCH)
+    least = 15 * stem_stride + 1
+    if min(height, columns) < least:
+        raise _too_small(name, least, height, columns)
+    sides = (-(-height // stem_stride), -(-columns // stem_stride))
+    model = _ResNet18(channels, width, norms, stem_stride, sides, classes)
+    draw_weights(model, TORCH)
     return model
 
 
 class _Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int, statistics: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, norms: Norms) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs, track_running_stats=statistics)
+        self.bn1 = norms(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs, track_running_stats=statistics)
+        self.bn2 = norms(outputs)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             convolution = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(outputs, track_running_stats=statistics))
+            self.shortcut = nn.Sequential(convolution, norms(outputs))
 
     @override
     def forward(self, x: Tensor) -> Tensor:
@@ -134,13 +187,15 @@ class _Block(nn.Module):
 
 
 class _ResNet18(nn.Module):
-    def __init__(self, channels: int, width: int, statistics: bool, size: tuple[int, int], classes: int) -> None:
+    def __init__(
+        self, channels: int, width: int, norms: Norms, stride: int, size: tuple[int, int], classes: int
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width, track_running_stats=statistics)
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+        self.bn1 = norms(width)
         widths = [width, width, 2 * width, 4 * width, 8 * width]
         stages = [
-            nn.Sequential(_Block(inputs, outputs, stride, statistics), _Block(outputs, outputs, 1, statistics))
+            nn.Sequential(_Block(inputs, outputs, stride, norms), _Block(outputs, outputs, 1, norms))
             for inputs, outputs, stride in zip(widths, widths[1:], (1, 2, 2, 2), strict=False)
         ]
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
@@ -167,9 +222,11 @@ def _too_small(name: str, least: int, height: int, width: int) -> UserError:
     )
 
 
-def _initialize(model: nn.Module, gain: float) -> None:
-    """Draw all weights with variance gain / fan_in, each from the key of its own name."""
+def draw_weights(model: nn.Module, gain: float) -> None:
+    """Draw all weights, and biases where there are any, with variance gain / fan_in, each from the key of its name."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             std = math.sqrt(gain / module.weight[0].numel())
             bell_(module.weight, std, derive_key("init/1", torch.initial_seed(), name))
+            if module.bias is not None:
+                bell_(module.bias, std, derive_key("init/1", torch.initial_seed(), name, "bias"))

@@ -65,6 +65,11 @@ class Federated:
         from subspace_lab.protocols.rounds import FederatedRun
 
         pool = ClientPool(cfg, "cuda" if plan.accelerator == "gpu" else "cpu")
+        if pool.federation.secure_aggregation and pool.method.needs_each:
+            raise UserError(
+                f"method={pool.method.name} compares clients' updates, which secure aggregation hides",
+                hint="method=fedavg or fot, or federation.secure_aggregation=false",
+            )
         run = FederatedRun(cfg, plan, pool, run_dir, label, resume_dir, part=self.part)
         run.resume(find_checkpoint(cfg.resume, run_dir))
         interrupt.request.armed = True
@@ -182,7 +187,8 @@ def make_engine(cfg: DictConfig, pool: ClientPool) -> Engine:
     if pool.federation.engine == "flower":
         from subspace_lab.federated.flower.engine import FlowerEngine
 
-        return FlowerEngine(cfg, pool.federation.clients, secure=pool.federation.secure_aggregation)
+        federation = pool.federation
+        return FlowerEngine(cfg, federation.clients, device=str(pool.device), secure=federation.secure_aggregation)
     from subspace_lab.federated.exchange import InProcess
 
     return InProcess(pool)

@@ -44,6 +44,7 @@ class FederatedRun:
     Attributes:
         model: the global one.
         standing: where the run stands.
+        velocity: of the server's momentum in this task.
         rounds: of each task.
         examples: of each task in `part`.
         last_validation: what was measured last in between.
@@ -68,6 +69,7 @@ class FederatedRun:
         self.rounds = pool.federation.rounds(len(pool.tasks))
         self.examples = [len(getattr(task.data.parts, part)) for task in pool.tasks]
         self.standing = ServerStanding()
+        self.velocity: Tensor | None = None
         self.last_validation: dict[str, float] = {}
         pool.method.check(len(pool.federation.sample(0, self.seed, pool.method.always())))
         self.model = GlobalModel(pool)
@@ -106,7 +108,7 @@ class FederatedRun:
             steps = None if wanted is None else self._single_steps(exchange, wanted, work)
             waited = time.perf_counter() - clock
             counts = tuple(pool.steps(client, at.task) for client in participants)
-            about = Round(at.round, tuple(participants), counts, lr, mix(self.seed, at.round, 5), steps)
+            about = Round(at.round, tuple(participants), counts, lr, mix(self.seed, at.round, 5), steps, scale)
             factors = shares.to(updates)
             aggregate = method.aggregate(updates[:, :size], factors, pool.layout.parts[: pool.layout.trained], about)
             update = torch.cat([aggregate, factors @ updates[:, size:]])
@@ -115,6 +117,10 @@ class FederatedRun:
             waited = time.perf_counter() - clock
             update = total.float()
         update[:size] *= method.server_lr
+        momentum = pool.federation.server_momentum
+        if momentum and self.velocity is not None:
+            update[:size] += momentum * self.velocity
+        self.velocity = update[:size].clone() if momentum else None
         method.constrain(pool.layout.named(update))
         if not torch.isfinite(update).all():
             raise UserError(
@@ -205,7 +211,7 @@ class FederatedRun:
         figures["seen_accuracy"] = sum(a * n for a, n in zip(row, counts, strict=True)) / sum(counts)
         self._log(figures)
         self.progress.task_line(self.pool.tasks[at.task].name, row, at.ranks[-1], method.dimensions())
-        at.task, at.begun = at.task + 1, at.round
+        at.task, at.begun, self.velocity = at.task + 1, at.round, None
 
     @property
     def weights(self) -> Tensor:
@@ -256,6 +262,7 @@ class FederatedRun:
         contents = {
             "federated": asdict(self.standing),
             "weights": self.weights.cpu(),
+            "velocity": None if self.velocity is None else self.velocity.cpu(),
             "method": self.pool.method.state_dict(),
             "partition": self.partition_hash,
             "validation": self.last_validation,
@@ -284,6 +291,8 @@ class FederatedRun:
         if self.standing.task >= len(self.pool.tasks):
             raise UserError(f"checkpoint {path} stands at task {self.standing.task + 1} of {len(self.pool.tasks)}")
         self.model.weights = saved["weights"].to(self.pool.device)
+        if saved["velocity"] is not None:
+            self.velocity = saved["velocity"].to(self.pool.device)
         self.pool.method.load_state_dict(saved["method"])
         self.last_validation = saved["validation"]
         for logger in self.loggers:

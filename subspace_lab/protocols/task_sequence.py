@@ -115,7 +115,7 @@ class TaskSequence:
         if path is None:
             return
         saved = files.load(path)
-        progress = saved["callbacks"].get("TaskProgress")
+        progress = saved.get("callbacks", {}).get("TaskProgress")
         if progress is None:
             raise UserError(f"checkpoint {path} is not of a sequence of tasks", hint="protocol=fit continues it")
         self.standing = Standing(**progress["standing"])

@@ -40,6 +40,7 @@ class Round:
         lr: their learning rate.
         seed: from which random choices of the round are derived.
         single_steps: w_{k+1} − w_k (N, n) of the client that `wants_steps` names, None if it names none.
+        lr_scale: what `scheduler` makes of the learning rate in this round, as a factor.
     """
 
     index: int
@@ -48,6 +49,7 @@ class Round:
     lr: float
     seed: int
     single_steps: Tensor | None = None
+    lr_scale: float = 1.0
 
 
 class FederatedMethod(ContinualMethod):

@@ -31,7 +31,7 @@ there come from each client's own trained model, and of the MLP with dropout on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -42,6 +42,7 @@ from subspace_lab.continual.activations import Layers, input_size, protected_lay
 from subspace_lab.continual.context import TaskContext
 from subspace_lab.continual.memory import BasisMemory
 from subspace_lab.continual.thresholds import Spec, Thresholds
+from subspace_lab.data.packing import Batch
 from subspace_lab.errors import UserError
 from subspace_lab.federated.sketches import InputSketch, new_directions, remaining_threshold, sketch_columns
 from subspace_lab.linalg.random import derive_key
@@ -130,21 +131,21 @@ class FOT(RememberingMethod, FederatedMethod):
     ) -> dict[str, Tensor]:
         """Sketch and energies of every layer's inputs on one client's examples."""
         assert name == "sketch"
-        sketches = {}
-        for path, layer in self.layers.items():
+        layers, sketches = protected_layers(model, self.targets), {}
+        for path, layer in layers.items():
             U, d = tensors.get(path), input_size(layer)
             U = torch.zeros(d, 0, device=task.device) if U is None else U
             generator = torch.Generator(task.device).manual_seed(derive_key("fot/1", task.seed, path))
             sketches[path] = InputSketch(U, sketch_columns(d, self.sketch_width), generator)
         examples = 0
 
-        def counted() -> object:
+        def counted() -> Iterator[Batch]:
             nonlocal examples
             for batch in task.batches():
                 examples += len(batch["labels"])
                 yield batch
 
-        stream_inputs(model, self.layers, counted(), task.forward, lambda path, X: sketches[path].add(X))  # type: ignore[arg-type]
+        stream_inputs(model, layers, counted(), task.forward, lambda path, X: sketches[path].add(X))
         found = {f"sketch/{path}": sketch.Y for path, sketch in sketches.items()}
         return found | {f"energies/{path}": sketch.energies_of(examples) for path, sketch in sketches.items()}
 
