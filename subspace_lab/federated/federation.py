@@ -25,7 +25,7 @@ class Federation:
         rounds: of each task, or a list with those of every task.
         local_epochs: passes of a participant over its examples in a round.
         local_steps: optimizer steps of a participant in a round, in place of passes.
-        server_momentum: of the aggregated updates, afresh in every task (FedAvgM: Hsu, Qi & Brown 2019, arXiv 1909.06335).
+        server_momentum: of the aggregated updates, afresh in every task (FedAvgM: Hsu et al. 2019, arXiv 1909.06335).
         weighting: uniform: participants count equally; samples: by their number of examples (McMahan et al. 2017).
         engine: inprocess: all clients in this process, on its device; flower: Flower's simulation engine.
         byzantine: clients, the first ones, that send something else than their update.
