@@ -88,6 +88,21 @@ def crew(
     return Crew(callbacks, driver, checkpointing, progress)
 
 
+def log_matrix(loggers: Sequence[Any], names: Sequence[str], rows: Sequence[Sequence[float]]) -> None:
+    """Hand an accuracy matrix to the loggers that keep tables.
+
+    Args:
+        loggers: of the run.
+        names: of the tasks.
+        rows: of accuracies, one for each task learnt, or one of all tasks learnt together.
+    """
+    learnt = names if len(rows) == len(names) else ["all"]
+    cells = [[name, *row, *[None] * (len(names) - len(row))] for name, row in zip(learnt, rows, strict=True)]
+    for logger in loggers:
+        if hasattr(logger, "log_table"):
+            logger.log_table("accuracy_matrix", ["after", *names], cells)
+
+
 def close_loggers(loggers: Sequence[Any]) -> None:
     """Everything is logged: let every logger write what it holds and end."""
     for logger in loggers:

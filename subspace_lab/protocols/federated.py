@@ -78,7 +78,7 @@ class Federated:
         finally:
             interrupt.request.armed = False
             run.progress.stop()
-        run.log_matrix()
+        assembling.log_matrix(run.loggers, [task.name for task in pool.tasks], run.standing.matrix)
         assembling.close_loggers(run.loggers)
         model = run.model.module()
         if cfg.export:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -90,9 +90,14 @@ class FederatedRun:
         """
         at = self.standing
         while at.task < len(self.pool.tasks):
-            while at.round - at.begun < self.rounds[at.task]:
-                self._round(exchange)
-            self._end_task(exchange)
+            try:
+                while at.round - at.begun < self.rounds[at.task]:
+                    self._round(exchange)
+                self._end_task(exchange)
+            except UserError:
+                if interrupt.requested() is None:
+                    raise
+                self._stop()  # the signal has ended clients too, and nothing of this round counts
 
     def _round(self, exchange: Exchange) -> None:
         at, pool = self.standing, self.pool
@@ -178,14 +183,17 @@ class FederatedRun:
         if row:
             self._log(row)
         self.progress.show(at.task, len(self.pool.tasks), at.round, self.last_validation.get("val/accuracy"))
-        asked = interrupt.requested() is not None
-        if asked or (plan.checkpoint_every and (at.round % plan.checkpoint_every == 0 or at.round == sum(self.rounds))):
+        if interrupt.requested() is not None:
+            self._stop()
+        if plan.checkpoint_every and (at.round % plan.checkpoint_every == 0 or at.round == sum(self.rounds)):
             self.save()
-        if asked:
-            raise Interrupted(
-                f"interrupted after round {at.round} of {sum(self.rounds)}, everything is saved; "
-                f"continue with: subspace-lab resume {self.resume_dir}"
-            )
+
+    def _stop(self) -> NoReturn:
+        self.save()
+        raise Interrupted(
+            f"interrupted after round {self.standing.round} of {sum(self.rounds)}, everything is saved; "
+            f"continue with: subspace-lab resume {self.resume_dir}"
+        )
 
     def _end_task(self, exchange: Exchange) -> None:
         """Let the method take in what the task leaves behind, and measure all tasks so far."""
@@ -233,17 +241,6 @@ class FederatedRun:
         return 2 * self._vector_bytes * len(chosen)
 
     # -- figures -----------------------------------------------------------------------------------------------
-
-    def log_matrix(self) -> None:
-        """Hand the accuracy matrix to the loggers that keep tables."""
-        names = [task.name for task in self.pool.tasks]
-        cells: list[list[Any]] = [
-            [name, *row, *[None] * (len(names) - len(row))]
-            for name, row in zip(names, self.standing.matrix, strict=True)
-        ]
-        for logger in self.loggers:
-            if hasattr(logger, "log_table"):
-                logger.log_table("accuracy_matrix", ["after", *names], cells)
 
     def _log(self, row: dict[str, float]) -> None:
         for logger in self.loggers:

@@ -179,15 +179,8 @@ class TaskSequence:
 
     def log_matrix(self) -> None:
         """Hand the accuracy matrix to the loggers that keep tables."""
-        rows = self.standing.matrix
-        names = [task.name for task in self.tasks]
-        learnt = names if len(rows) == len(names) else ["all"]
-        cells: list[list[Any]] = [
-            [name, *row, *[None] * (len(names) - len(row))] for name, row in zip(learnt, rows, strict=True)
-        ]
-        for logger in self.loggers if self.leads else ():
-            if hasattr(logger, "log_table"):
-                logger.log_table("accuracy_matrix", ["after", *names], cells)
+        loggers = self.loggers if self.leads else ()
+        assembling.log_matrix(loggers, [task.name for task in self.tasks], self.standing.matrix)
 
     def _length(self, data: Any, accumulation: int) -> int:
         if not self.method.trains:

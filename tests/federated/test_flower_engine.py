@@ -227,7 +227,7 @@ except BaseException as error:
     ("number", "armed", "busy", "when", "name"),
     [
         (signal.SIGINT, True, False, "running", "Interrupted"),
-        (signal.SIGTERM, True, False, "running", "Interrupted"),
+        (signal.SIGTERM, True, False, "running", "UserError"),  # of the round: Ray's processes are told too
         (signal.SIGINT, False, True, "running", "KeyboardInterrupt"),
         (signal.SIGTERM, False, True, "running", "Interrupted"),
         (signal.SIGINT, False, False, "starting", "KeyboardInterrupt"),

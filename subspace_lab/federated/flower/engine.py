@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -80,6 +81,7 @@ class FlowerEngine(Engine):
             try:
                 simulation.start()
                 grid = simulation.grid()
+                _take_signals_back()
                 exchange = FlowerExchange(grid, self._clients, secure=self._secure, check=simulation.check)
                 exchange.connect()
                 simulation.starting = False
@@ -202,6 +204,15 @@ class _Simulation:
                 self._processes.end()
                 if attempt == _ATTEMPTS - 1 or self._done.is_set():
                     raise
+
+
+def _take_signals_back() -> None:
+    """Set every handler again: Ray's core sets its own below Python, and with that SIGTERM ends the process at once."""
+    if threading.current_thread() is threading.main_thread():
+        for number in interrupt.WATCHED:
+            handler = signal.getsignal(number)
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 def _short_folder() -> Path:

@@ -40,17 +40,18 @@ def quiet() -> Iterator[None]:
     os.environ.update(ENVIRONMENT)
     try:
         _import()
-        from ray._private import ray_constants
+        from ray._private import ray_constants, worker
 
-        level, cluster = flower.level, ray_constants.ENABLE_RAY_CLUSTER
+        level, cluster, tell = flower.level, ray_constants.ENABLE_RAY_CLUSTER, worker.print_to_stdstream
         flower.setLevel(logging.CRITICAL)
+        worker.print_to_stdstream = lambda *arguments, **options: None  # of workers that died, on stdout
         # What Ray itself does on a Mac: the address of this machine is the loopback's, and all ports are bound to that.
         ray_constants.ENABLE_RAY_CLUSTER = False
         try:
             yield
         finally:
             flower.setLevel(level)
-            ray_constants.ENABLE_RAY_CLUSTER = cluster
+            ray_constants.ENABLE_RAY_CLUSTER, worker.print_to_stdstream = cluster, tell
     finally:
         for name, value in before.items():
             if value is None:
