@@ -22,6 +22,8 @@ ENVIRONMENT = {
     "RAY_gcs_server_request_timeout_seconds": "600",
     "RAY_worker_register_timeout_seconds": "600",
 }
+# Flower keeps its state in a database in memory, whose tables alembic makes.
+LEVELS = {"flwr": logging.CRITICAL, "alembic": logging.WARNING}
 # What importing and starting Ray sets besides.
 TOUCHED = (*ENVIRONMENT, "PYTHONBREAKPOINT", "RAY_CLIENT_MODE", "GRPC_VERBOSITY")
 
@@ -36,21 +38,24 @@ def quiet() -> Iterator[None]:
         UserError: a package is not installed.
     """
     before = {name: os.environ.get(name) for name in TOUCHED}
-    flower = logging.getLogger("flwr")
+    loggers = {logging.getLogger(name): level for name, level in LEVELS.items()}
+    levels = {logger: logger.level for logger in loggers}
     os.environ.update(ENVIRONMENT)
     try:
         _import()
         from ray._private import ray_constants, worker
 
-        level, cluster, tell = flower.level, ray_constants.ENABLE_RAY_CLUSTER, worker.print_to_stdstream
-        flower.setLevel(logging.CRITICAL)
+        cluster, tell = ray_constants.ENABLE_RAY_CLUSTER, worker.print_to_stdstream
+        for logger, level in loggers.items():
+            logger.setLevel(level)
         worker.print_to_stdstream = lambda *arguments, **options: None  # of workers that died, on stdout
         # What Ray itself does on a Mac: the address of this machine is the loopback's, and all ports are bound to that.
         ray_constants.ENABLE_RAY_CLUSTER = False
         try:
             yield
         finally:
-            flower.setLevel(level)
+            for logger, level in levels.items():
+                logger.setLevel(level)
             ray_constants.ENABLE_RAY_CLUSTER, worker.print_to_stdstream = cluster, tell
     finally:
         for name, value in before.items():
