@@ -86,6 +86,22 @@ def test_dropout_is_the_clients_own() -> None:
     assert torch.equal(together[1:2], clients.train(w, [1], work))
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("words", [(), ("model=small_cnn",)])
+def test_clients_and_sketches_on_a_gpu(words: tuple[str, ...]) -> None:
+    """The same updates as on a CPU but for rounding, and Grams of the same inputs."""
+    cfg = compose_config(["method=fot", "method.sketch_width=null", "federation.clients=4", *words])
+    found = []
+    for device in ("cpu", "cuda"):
+        clients = ClientPool(cfg, device)
+        w = clients.layout.read(clients.model)
+        (answer,) = clients.answer(w, [1], Question("sketch", 0, 0))
+        found.append((clients.train(w, [0, 1, 2], Work(0, 0)).cpu(), {k: v.cpu() for k, v in answer.items()}))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-2, atol=1e-4)
+    for name, tensor in found[0][1].items():
+        torch.testing.assert_close(tensor, found[1][1][name], rtol=1e-3, atol=1e-3 * float(tensor.abs().max()))
+
+
 def test_single_steps_add_up_to_the_update() -> None:
     clients = pool("data.batch_size=50")
     w, work = clients.layout.read(clients.model), Work(0, 1)
