@@ -240,8 +240,6 @@ class FederatedRun:
         chosen = self.pool.federation.sample(0, self.seed, self.pool.method.always())
         return 2 * self._vector_bytes * len(chosen)
 
-    # -- figures -----------------------------------------------------------------------------------------------
-
     def _log(self, row: dict[str, float]) -> None:
         for logger in self.loggers:
             logger.log_metrics(row, step=self.standing.round)

@@ -38,31 +38,35 @@ def quiet() -> Iterator[None]:
         UserError: a package is not installed.
     """
     before = {name: os.environ.get(name) for name in TOUCHED}
-    loggers = {logging.getLogger(name): level for name, level in LEVELS.items()}
-    levels = {logger: logger.level for logger in loggers}
+    levels = {logger: logger.level for logger in map(logging.getLogger, LEVELS)}
     os.environ.update(ENVIRONMENT)
     try:
+        _silence()
         _import()
+        _silence()  # importing Flower sets its own level
         from ray._private import ray_constants, worker
 
         cluster, tell = ray_constants.ENABLE_RAY_CLUSTER, worker.print_to_stdstream
-        for logger, level in loggers.items():
-            logger.setLevel(level)
         worker.print_to_stdstream = lambda *arguments, **options: None  # of workers that died, on stdout
         # What Ray itself does on a Mac: the address of this machine is the loopback's, and all ports are bound to that.
         ray_constants.ENABLE_RAY_CLUSTER = False
         try:
             yield
         finally:
-            for logger, level in levels.items():
-                logger.setLevel(level)
             ray_constants.ENABLE_RAY_CLUSTER, worker.print_to_stdstream = cluster, tell
     finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _silence() -> None:
+    for name, level in LEVELS.items():
+        logging.getLogger(name).setLevel(level)
 
 
 def _import() -> None:
