@@ -12,6 +12,9 @@ import pytest
 
 from subspace_lab import cli
 
+# The embedded default but for larger batches, which take a third of the time.
+QUICK = ["data.batch_size=40", "optimizer.lr=0.3"]
+
 
 def learn(folder: Path, method: str, seed: int, *words: str) -> dict[str, Any]:
     place = folder / f"{method}{seed}"
@@ -28,10 +31,10 @@ def learn(folder: Path, method: str, seed: int, *words: str) -> dict[str, Any]:
 def test_orthogonal_training_remembers_what_averaging_forgets(
     tmp_path: Path, partition: str, seeds: tuple[int, ...], gap: float, reached: float
 ) -> None:
-    """Measured, embedded default, three seeds: IID FedAvg .575, FOT .890; two shards .541 and .762."""
+    """Measured, three seeds: IID FedAvg .506, FOT .888 (the embedded default, in thrice the time: .575 and .890)."""
+    words = [*QUICK, f"federation.partition={partition}"]
     found = {
-        method: [learn(tmp_path, method, seed, f"federation.partition={partition}")["metrics"] for seed in seeds]
-        for method in ("fedavg", "fot")
+        method: [learn(tmp_path, method, seed, *words)["metrics"] for seed in seeds] for method in ("fedavg", "fot")
     }
     for fedavg, fot in zip(found["fedavg"], found["fot"], strict=True):  # on every seed
         assert fot["final_accuracy"] > fedavg["final_accuracy"] + gap
