@@ -45,8 +45,11 @@ def run(cfg: DictConfig) -> float | None:
 
         baseline_name = compare_name(cfg) or "adamw"
         label = label_of({"method": cfg.method.name, "choices": choices()})
-        baseline = [] if label == baseline_name else [(baseline_name, baseline_config(cfg, baseline_name))]
-        print_estimate([(label, cfg), *baseline])
+        baseline = baseline_config(cfg, baseline_name)
+        # A method's file may choose model and data; what is left without it is no comparison.
+        same = all(schema.to_plain(baseline[group]) == schema.to_plain(cfg[group]) for group in ("model", "data"))
+        shown = [(baseline_name, baseline)] if same and label != baseline_name else []
+        print_estimate([(label, cfg), *shown])
         return None
     run_dir = Path(cfg.paths.output_dir)
     main = environment.is_main_process()
