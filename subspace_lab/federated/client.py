@@ -106,11 +106,6 @@ class ClientPool:
         self._shares: dict[int, list[Indices]] = {}
         self._entered: int | None = None
 
-    @classmethod
-    def from_config(cls, cfg: DictConfig, device: torch.device | str = "cpu") -> ClientPool:
-        """The clients that a configuration describes."""
-        return cls(cfg, device)
-
     def _tasks(self) -> list[TaskData]:
         if self.scenario is not None:
             tasks: list[TaskData] = self.scenario.build(self.data, self.seed)

@@ -11,13 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
+from federated.flower_clients import ArithmeticClients, arithmetic
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
@@ -25,11 +25,6 @@ from subspace_lab import interrupt
 from subspace_lab.errors import UserError
 from subspace_lab.federated.exchange import Exchange, InProcess, Question, Work
 from subspace_lab.federated.flower.engine import FlowerEngine
-
-if find_spec("flwr") is None or find_spec("ray") is None:
-    pytest.skip("flwr[simulation] is not installed", allow_module_level=True)
-
-from federated.flower_clients import ArithmeticClients, arithmetic
 
 CLIENTS = 10
 WORK = Work(task=1, round=4, lr_scale=0.5)

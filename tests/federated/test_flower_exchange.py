@@ -8,17 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from federated.flower_clients import ArithmeticClients, arithmetic
+from federated.flower_grid import LocalGrid
+from flwr.app import ConfigRecord, RecordDict
 from omegaconf import OmegaConf
 
 from subspace_lab.errors import UserError
 from subspace_lab.federated.exchange import InProcess, Question, Work
-
-pytest.importorskip("flwr.app", reason="flwr is not installed")
-
-from federated.flower_clients import ArithmeticClients, arithmetic
-from federated.flower_grid import LocalGrid
-from flwr.app import ConfigRecord, RecordDict
-
 from subspace_lab.federated.flower import masking, secure_server
 from subspace_lab.federated.flower.app import client_app
 from subspace_lab.federated.flower.exchange import FlowerExchange

@@ -41,7 +41,7 @@ def client_app(configuration: str, device: str, build: Build | None = None) -> C
         configuration: the resolved configuration of the run as YAML.
         device: where clients compute, for torch.
         build: makes what trains and answers like a `ClientPool` from the configuration and the device; must be
-            importable in the workers. None: `ClientPool.from_config`.
+            importable in the workers. None: `ClientPool`.
     """
     app = ClientApp()
     pool = partial(_pool, configuration, device, build)
@@ -63,7 +63,7 @@ def _pool(configuration: str, device: str, build: Build | None) -> Any:
         if build is None:
             from subspace_lab.federated.client import ClientPool
 
-            build = ClientPool.from_config
+            build = ClientPool
         _pools.clear()
         _pools[key] = build(cast(DictConfig, OmegaConf.create(configuration)), device)
     return _pools[key]

@@ -50,7 +50,7 @@ class FlowerEngine(Engine):
         clients: how many there are.
         device: where clients compute, for torch.
         secure: sums over clients come from secure aggregation.
-        build: makes the clients from the configuration and the device; None: `ClientPool.from_config`.
+        build: makes the clients from the configuration and the device; None: `ClientPool`.
     """
 
     def __init__(
