@@ -15,6 +15,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from subspace_lab.linalg.split_rows import SplitRows
+
 _Params = ParamSpec("_Params")
 _Result = TypeVar("_Result")
 
@@ -59,24 +61,32 @@ def sanitize(A: Tensor) -> Tensor:
     return torch.where(finite, A, torch.zeros_like(A))
 
 
-def normalize(A: Tensor) -> tuple[Tensor, Tensor]:
+def normalize(A: Tensor, rows: SplitRows | None = None) -> tuple[Tensor, Tensor]:
     """Upcast, sanitize, and scale each matrix to largest entry 1: its Gram matrix cannot over/underflow.
+
+    Args:
+        A: (..., p, q).
+        rows: the processes among which p is split.
 
     Returns:
         The scaled matrices (..., p, q) and the scale (..., 1, 1) to multiply back; the scale of a zero matrix
         is 0.
     """
     A = upcast(A)
-    largest = largest_entry(A)
+    largest = largest_entry(A, rows)
     finite = torch.isfinite(largest)
     scale = torch.where(finite, largest, torch.zeros_like(largest))
     # Two steps: 1 / scale overflows for subnormal scales, A / scale does not.
     return torch.where(finite, A, 0.0) / torch.where(scale > 0, scale, torch.ones_like(scale)), scale
 
 
-def largest_entry(A: Tensor) -> Tensor:
+def largest_entry(A: Tensor, rows: SplitRows | None = None) -> Tensor:
     """Largest |A_ij| of each matrix, (..., 1, 1); NaN or inf where the matrix holds one; no temporary.
 
     (The infinity norm of torch is the same number, twenty times slower on a CPU.)
     """
-    return torch.maximum(A.amax(dim=(-2, -1), keepdim=True), -A.amin(dim=(-2, -1), keepdim=True))
+    if not A.shape[-2]:  # a process may have no row of a short matrix
+        mine = A.new_zeros(*A.shape[:-2], 1, 1)
+    else:
+        mine = torch.maximum(A.amax(dim=(-2, -1), keepdim=True), -A.amin(dim=(-2, -1), keepdim=True))
+    return mine if rows is None else rows.largest(mine)

@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 from subspace_lab.linalg.orthonormalize import orthonormalize
 from subspace_lab.linalg.precision import full_precision, matmul, normalize, upcast
 from subspace_lab.linalg.random import Key, rademacher
+from subspace_lab.linalg.split_rows import SplitRows, orthonormal_columns, total
 
 _LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
@@ -97,7 +98,7 @@ def gram_eigh(A: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 @full_precision
 def randomized_svd(
-    A: Tensor, r: int, *, key: Key, oversample: int = 8, power_iterations: int = 1
+    A: Tensor, r: int, *, key: Key, oversample: int = 8, power_iterations: int = 1, rows: SplitRows | None = None
 ) -> tuple[Tensor, Tensor]:
     """Randomised range finder with power iterations.
 
@@ -110,16 +111,21 @@ def randomized_svd(
             have the batch shape of A; an integer key uses one test matrix for the whole batch.
         oversample: extra sketch columns.
         power_iterations: each costs two more products with A and sharpens the spectrum to its next odd power.
+        rows: the processes among which p is split; they send factors of width r + oversample only.
     """
     _check_rank(A, r)
-    scaled, scale = normalize(A)
+    scaled, scale = normalize(A, rows)
     p, q = A.shape[-2:]
-    width = min(r + oversample, p, q)
+    width = min(r + oversample, q) if rows is not None else min(r + oversample, p, q)
     test = rademacher((q, width), key=key, dtype=scaled.dtype, device=A.device)
-    Q = orthonormalize(scaled @ test)
+
+    def across(Y: Tensor) -> Tensor:
+        return orthonormalize(Y) if rows is None else orthonormal_columns(Y, rows)
+
+    Q = across(scaled @ test)
     for _ in range(power_iterations):
-        Q = orthonormalize(scaled @ orthonormalize(scaled.mT @ Q))
-    Z = (scaled.mT @ Q).double()
+        Q = across(scaled @ orthonormalize(total(scaled.mT @ Q, rows)))
+    Z = total(scaled.mT @ Q, rows).double()
     # SVD of the small factor Zᵀ = QᵀA by its Gram matrix, in float64: k x k only, and it keeps s down to 1e-7
     # s_1 apart.
     _, W = descending_eigh(Z.mT @ Z)
@@ -129,7 +135,7 @@ def randomized_svd(
 
 @full_precision
 def subspace_iteration(
-    A: Tensor, P: Tensor, *, iterations: int = 1, rayleigh_ritz: bool = True
+    A: Tensor, P: Tensor, *, iterations: int = 1, rayleigh_ritz: bool = True, rows: SplitRows | None = None
 ) -> tuple[Tensor, Tensor]:
     """Block power iteration on AᵀA from a previous basis (Golub, Van Loan, Matrix Computations, §8.2.4).
 
@@ -144,6 +150,7 @@ def subspace_iteration(
         iterations: each costs two products with A and an r x r eigenproblem.
         rayleigh_ritz: if False, nothing synchronises; the half step is orthonormalised instead and columns keep
             the order of the old basis.
+        rows: the processes among which p is split (p is theirs together then, and should be at least r).
 
     Returns:
         P (..., q, r) and estimates s (..., r) of the singular values, unordered without Rayleigh-Ritz. With
@@ -156,12 +163,12 @@ def subspace_iteration(
         raise ValueError(f"iterations must be at least 1, got {iterations}")
     A = upcast(A)
     old = P.to(A.dtype)
-    if A.shape[-2] < r:
+    if A.shape[-2] < r and rows is None:
         new, s = gram_eigh(A, r)
         return torch.where(s[..., :1, None] > 0, new, old), s
     new = old
     for _ in range(iterations):
-        Z = A.mT @ _half_step(A, A @ new, rayleigh_ritz)
+        Z = total(A.mT @ _half_step(A, A @ new, rayleigh_ritz, rows), rows)
         Z, scale = normalize(Z)
         s = Z.norm(dim=-2) * scale[..., 0]
         new = orthonormalize(Z)
@@ -170,18 +177,20 @@ def subspace_iteration(
     return torch.where(scale > 0, new, old), s
 
 
-def _half_step(A: Tensor, Y: Tensor, rayleigh_ritz: bool) -> Tensor:
+def _half_step(A: Tensor, Y: Tensor, rayleigh_ritz: bool, rows: SplitRows | None) -> Tensor:
     """Orthonormal columns for Y = A P (..., p, r): its left singular vectors, longest first, or in the columns' order.
 
     Columns that Y leaves open are taken from A itself, so that an iteration started in the wrong place still
     finds A's range.
     """
-    scaled, scale = normalize(Y)
+    scaled, scale = normalize(Y, rows)
     if not rayleigh_ritz:
-        return orthonormalize(scaled)
-    _, W = descending_eigh(matmul(scaled.mT, scaled))
+        return orthonormalize(scaled) if rows is None else orthonormal_columns(scaled, rows)
+    _, W = descending_eigh(total(matmul(scaled.mT, scaled), rows))
     rotated = matmul(scaled, W)
     length = rotated.norm(dim=-2, keepdim=True)
+    if rows is not None:
+        length = rows.total(length.square()).sqrt()
     known = length > torch.finfo(Y.dtype).eps * length.amax(dim=-1, keepdim=True)
     spread = A[..., :: A.shape[-1] // Y.shape[-1]][..., : Y.shape[-1]] / torch.where(scale > 0, scale, 1.0)
     return torch.where(known, rotated / torch.where(known, length, torch.ones_like(length)), spread)

@@ -45,7 +45,7 @@ class Method:
     passes_per_step: ClassVar[int] = 1
     #: gradients are consumed during the backward pass
     per_layer: bool = False
-    #: whether weights may be sharded along their first dimension (FSDP2)
+    #: whether weights may be sharded (FSDP2), each along the dimension that `shard_dimensions` says
     shards: ClassVar[bool] = True
 
     def prepare(self, model: nn.Module) -> nn.Module:
@@ -56,6 +56,10 @@ class Method:
         """Parameter groups of (name, parameter) pairs with their ``kind``: "matrix" or "other"."""
         inside, outside = split_parameters(model, ("attn", "mlp"))
         return [{"params": ps, "kind": k} for ps, k in ((inside, "matrix"), (outside, "other")) if ps]
+
+    def shard_dimensions(self, model: nn.Module) -> dict[str, int]:
+        """The dimension along which weights are cut among processes, by name; 0 for those that are not in it."""
+        return {}
 
     def build_optimizer(self, model: nn.Module, factory: OptimizerFactory) -> Optimizer:
         """The optimizer of the run; `factory` makes the configured one from parameter groups."""

@@ -26,6 +26,7 @@ from typing_extensions import override
 from subspace_lab.errors import UserError
 from subspace_lab.methods.base import Method, split_parameters
 from subspace_lab.optim.moments import Moments
+from subspace_lab.optim.stack import orientation
 from subspace_lab.optim.subspace_optimizer import SubspaceOptimizer
 from subspace_lab.optim.traits import OptimizerFactory
 from subspace_lab.subspaces import SVD, Span, Subspace
@@ -51,7 +52,6 @@ class GaLore(Method):
     """
 
     name = "galore"
-    shards = False
 
     def __init__(
         self,
@@ -92,6 +92,12 @@ class GaLore(Method):
             )
         projected = {"params": inside, "subspace": self.subspace, "scale": self.scale, "kind": "matrix"}
         return [projected] + ([{"params": outside, "kind": "other"}] if outside else [])
+
+    @override
+    def shard_dimensions(self, model: nn.Module) -> dict[str, int]:
+        # The side of the basis stays whole: then gradients are projected where they lie.
+        inside, _ = split_parameters(model, self.targets)
+        return {name: int(orientation(p, self.subspace.side)) for name, p in inside}
 
     @override
     def build_optimizer(self, model: nn.Module, factory: OptimizerFactory) -> Optimizer:

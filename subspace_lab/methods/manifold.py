@@ -24,7 +24,8 @@ from subspace_lab.manifolds.base import Retraction, polar
 from subspace_lab.manifolds.gram import Kind
 from subspace_lab.methods.base import Method
 from subspace_lab.optim.compound import Compound
-from subspace_lab.optim.riemannian import Momentum, RiemannianSGD, local, points
+from subspace_lab.optim.riemannian import Momentum, RiemannianSGD, points
+from subspace_lab.optim.shards import local
 from subspace_lab.optim.stack import as_matrix
 from subspace_lab.optim.traits import OptimizerFactory
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from subspace_lab.linalg.split_rows import SplitRows, total
 from subspace_lab.optim.stopwatch import Stopwatch
 
 
@@ -17,9 +18,10 @@ class Meter:
         self.watch = Stopwatch()
         self._energy: list[tuple[Tensor, Tensor]] = []
 
-    def add_energy(self, Z: Tensor, whole: list[Tensor]) -> None:
-        """One stack's ‖Z‖² beside its gradients' squared norms."""
-        self._energy.append((Z.square().sum(), torch.stack(whole).sum()))
+    def add_energy(self, Z: Tensor, whole: list[Tensor], rows: SplitRows | None = None) -> None:
+        """One stack's ‖Z‖² beside its gradients' squared norms, of all processes that have rows of them."""
+        pair = total(torch.stack([Z.square().sum(), torch.stack(whole).sum()]), rows)
+        self._energy.append((pair[0], pair[1]))
 
     def figures(self) -> dict[str, Tensor | float]:
         """Figures since the last call; no host sync."""

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from subspace_lab.optim.stack import Stack
+from subspace_lab.optim.shards import like, part_of, spread, whole
+from subspace_lab.optim.stack import Stack, matrix_shape
 
 if TYPE_CHECKING:
     from subspace_lab.optim.subspace_optimizer import SubspaceOptimizer
@@ -17,7 +18,10 @@ Entries = dict[str, dict[str, Any]]
 
 
 def export_state(optimizer: SubspaceOptimizer) -> Entries:
-    """Parameter name -> {t, subspace.*, inner.*, group.*}: what it was stacked with leaves no trace."""
+    """Parameter name -> {t, subspace.*, inner.*, group.*}: what it was stacked with, or cut into, leaves no trace.
+
+    Of sharded weights all processes must ask: moments are put together.
+    """
     names = {p: n for g in optimizer.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
     entries: Entries = {}
     for unit in optimizer.units:
@@ -26,11 +30,11 @@ def export_state(optimizer: SubspaceOptimizer) -> Entries:
                 entry: dict[str, Any] = {"t": s.t} | _counters(unit, unit.inner_groups[index])
                 entry |= {f"subspace.{k}": v for k, v in s.subspace.member_state(i).items()}
                 state = unit.inner.state.get(s.coords[0 if s.stacked else i], {})
-                entry |= {f"inner.{k}": _member(s, v, i) for k, v in state.items()}
+                entry |= {f"inner.{k}": _entire(s, _member(s, v, i), i) for k, v in state.items()}
                 entries[key] = entry
         for index, (_, params) in enumerate(unit.plain, len(unit.stacks)):
             for p in params:
-                state = {f"inner.{k}": v for k, v in unit.inner.state.get(p, {}).items()}
+                state = {f"inner.{k}": whole(v) for k, v in unit.inner.state.get(p, {}).items()}
                 entries[names[p]] = {"t": unit.t} | _counters(unit, unit.inner_groups[index]) | state
     return entries
 
@@ -45,6 +49,22 @@ def _member(s: Stack, value: Any, i: int) -> Any:
     if s.stacked and isinstance(value, Tensor) and value.ndim:
         return value[i]
     return value
+
+
+def _entire(s: Stack, value: Any, i: int) -> Any:
+    """A moment (p, r) of a sharded weight with the rows of all processes."""
+    if s.rows is None or not isinstance(value, Tensor) or value.ndim < 2:
+        return value
+    m, n = matrix_shape(s.owners[i])
+    return whole(like(value, (n if s.transposed[i] else m, *value.shape[1:]), s.owners[i]))
+
+
+def _own(s: Stack, state: dict[str, Any]) -> dict[str, Any]:
+    """This process's rows of the moments of a weight."""
+    if s.rows is None:
+        return state
+    owner = s.owners[0]
+    return {k: part_of(v, owner, 0) if isinstance(v, Tensor) and v.ndim > 1 else v for k, v in state.items()}
 
 
 def _strip(entry: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -68,10 +88,10 @@ def import_state(optimizer: SubspaceOptimizer, entries: Entries) -> None:
             mine = [entries.get(k, {}) for k in s.keys]
             if all(mine):
                 s.subspace.load_members([_strip(e, "subspace.") for e in mine])
-            inner = [_strip(e, "inner.") for e in mine]
+            inner = [_own(s, _strip(e, "inner.")) for e in mine]
             states += [_join(inner)] if s.stacked else inner
         for _, params in unit.plain:
-            states += [_strip(entries.get(names[p], {}), "inner.") for p in params]
+            states += [spread(_strip(entries.get(names[p], {}), "inner."), p) for p in params]
         template = unit.inner.state_dict()
         template["state"] = {i: state for i, state in enumerate(states) if state}
         for index, options in enumerate(template["param_groups"]):

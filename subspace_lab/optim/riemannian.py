@@ -25,6 +25,7 @@ from typing_extensions import override
 from subspace_lab.linalg.precision import full_precision, matmul
 from subspace_lab.manifolds.base import Retraction, check_method
 from subspace_lab.manifolds.gram import Grams, Kind, step, transport
+from subspace_lab.optim.shards import local
 from subspace_lab.optim.stack import as_matrix
 
 Momentum = Literal["transported", "ambient"]
@@ -212,11 +213,6 @@ def points(weight: Tensor, manifold: Kind, blocks: bool) -> Tensor:
 def _write_back(weight: Tensor, rows: Tensor) -> None:
     matrix = rows[:, 0] if rows.shape[1] == 1 else rows[0]
     weight.copy_((matrix if matrix.shape == as_matrix(weight).shape else matrix.mT).reshape(weight.shape))
-
-
-def local(t: Tensor) -> Tensor:
-    """The part of a sharded tensor (DTensor) that this process holds; any other tensor as it is."""
-    return t.to_local() if hasattr(t, "to_local") else t
 
 
 def _check(p: Tensor, group: dict[str, Any]) -> None:

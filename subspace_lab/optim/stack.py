@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from subspace_lab.linalg.split_rows import SplitRows
+from subspace_lab.optim.shards import group_of, is_sharded, local, sharded_dimension
 from subspace_lab.subspaces.base import Members, Subspace
 
 # Entries that one chunk may hold.  On a GPU large batches hide launch cost; on a CPU large matrices are better
@@ -19,9 +21,14 @@ def as_matrix(t: Tensor) -> Tensor:
     return t.reshape(t.shape[0], -1) if t.ndim > 1 else t.reshape(1, -1)
 
 
+def matrix_shape(t: Tensor) -> tuple[int, int]:
+    """The shape (out, everything else) of a whole weight, also where processes hold parts of it."""
+    return (t.shape[0], t.numel() // t.shape[0]) if t.ndim > 1 else (1, t.numel())
+
+
 def orientation(weight: Tensor, side: str) -> bool:
     """Whether `weight` is transposed so that the basis side becomes the last dimension."""
-    m, n = as_matrix(weight).shape
+    m, n = matrix_shape(weight)
     return {"short": m < n, "long": m >= n, "right": False, "left": True}[side]
 
 
@@ -29,8 +36,10 @@ class Stack:
     """B weights that are stepped together.
 
     Attributes:
-        params: the weights; natively oriented ones first.
-        shape: (B, p, q) as the subspace sees them.
+        owners: the parameters; natively oriented ones first.
+        params: their tensors: of sharded parameters (DTensor, FSDP2) what this process holds, rows of every (p, q).
+        rows: the processes among which p is split, None where weights are whole.
+        shape: (B, p, q) as the subspace sees them; of sharded weights p is this process's own.
         group: index of the outer parameter group.
         t: steps that these weights have taken; they share it, which is what lets them share Adam's counters.
         offsets: shift of each weight's refreshes inside the interval.
@@ -63,10 +72,16 @@ class Stack:
             named = sorted(named, key=lambda item: (orientation(item[1], side), item[0]))
             self.transposed = [orientation(p, side) for _, p in named]
             self.keys = [n for n, _ in named]
-            m, n = as_matrix(named[0][1]).shape
+            m, n = as_matrix(local(named[0][1].detach())).shape
             self.shape = (len(named), n, m) if self.transposed[0] else (len(named), m, n)
         self.names = [n for n, _ in named]
+        self.owners = [p for _, p in named]
         self.params: list[Tensor] = [p for _, p in named]
+        self.rows: SplitRows | None = None
+        if is_sharded(self.owners[0]):
+            self._check_split(subspace, stacked)
+            self.rows = SplitRows(group_of(self.owners[0]))
+            self.bind()
         self.natives = self.transposed.count(False)
         #: a single weight that is its own matrix
         self.plain = len(named) == 1 and not flat and self.params[0].ndim == 2 and not self.transposed[0]
@@ -74,6 +89,7 @@ class Stack:
         self.device = self.params[0].device
         self.subspace = subspace.allocate(self.shape, names=self.keys, device=self.device, transposed=self.transposed)
         self.subspace.tracks_change = tracks_change
+        self.subspace.split = self.rows
         ready = self.subspace.ready()
         self.unsure = ready is not None and not ready.is_meta
         B, p, r = self.subspace.coordinates
@@ -88,10 +104,35 @@ class Stack:
         """Number of weights."""
         return self.shape[0]
 
+    def _check_split(self, subspace: Subspace, stacked: bool) -> None:
+        if self.flat or not subspace.splits or self.direct:
+            raise ValueError(f"{type(subspace).__name__} needs whole weights, and {self.names[0]} is sharded")
+        if not stacked:
+            raise ValueError(
+                "sharded weights need an inner optimizer that looks at one entry at a time (AdamW, Lion …)"
+            )
+        for name, p, transposed in zip(self.names, self.owners, self.transposed, strict=True):
+            dimension = sharded_dimension(p)
+            if dimension != int(transposed):
+                raise ValueError(
+                    f"{name} is sharded along dimension {dimension}, on which the basis acts: "
+                    "shard the other one (`Method.shard_dimensions`)"
+                )
+
+    def bind(self) -> None:
+        """Look up what this process holds of sharded weights, which FSDP may have moved."""
+        if self.rows is not None:
+            self.params = [local(p.detach()) for p in self.owners]
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the backward pass has left one; the weights of a stack have theirs together."""
+        return self.owners[0].grad is not None
+
     def chunks(self) -> list[slice]:
         """Slices over the stack that keep temporary copies small."""
         limit = CHUNK_ENTRIES.get(self.device.type, CHUNK_ENTRIES["cuda"])
-        size = max(1, limit // (self.shape[1] * self.shape[2]))
+        size = max(1, limit // max(1, self.shape[1] * self.shape[2]))
         return [slice(i, min(i + size, self.B)) for i in range(0, self.B, size)]
 
     def matrix(self, t: Tensor, i: int) -> Tensor:
@@ -113,7 +154,7 @@ class Stack:
 
     def grads(self) -> list[Tensor]:
         """The weights' gradients."""
-        return [p.grad for p in self.params if p.grad is not None]
+        return [local(p.grad) for p in self.owners if p.grad is not None]
 
     def shrink_(self, factor: float) -> None:
         """Decoupled weight decay on the full weights."""

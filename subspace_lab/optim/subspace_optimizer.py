@@ -9,13 +9,16 @@ One step, for every stack of same-shape weights:
 so moments live in the subspace and the *update*, not only the gradient, stays inside it: Adam's division by √V is
 lifted with the rest.  With `Identity` this is the inner optimizer itself; with `SVD` it is GaLore (arXiv 2403.03507,
 algorithm 2); with `Complement`, gradient projection memory; with `Tangent`, Riemannian descent.
+
+Of sharded weights (FSDP2) every process steps its own rows, (p, q) being cut along p: factors of the rank's width are
+added up over processes when bases are refreshed, and a gradient is never put together.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +28,15 @@ from typing_extensions import override
 from subspace_lab.optim.meter import Meter
 from subspace_lab.optim.moments import Moments
 from subspace_lab.optim.persistence import export_state, import_state
-from subspace_lab.optim.stack import Stack, as_matrix, orientation
+from subspace_lab.optim.refreshing import Peers
+from subspace_lab.optim.shards import local
+from subspace_lab.optim.stack import Stack, matrix_shape, orientation
 from subspace_lab.optim.traits import OptimizerFactory, is_elementwise, is_linear
 from subspace_lab.optim.unit import Rules, Unit
 from subspace_lab.subspaces.base import Subspace
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class SubspaceOptimizer(Optimizer):
@@ -81,6 +89,7 @@ class SubspaceOptimizer(Optimizer):
         self.rules = Rules(refresh_every, moments, stagger, decay, eps_before_correction, decay_after)
         self.per_layer = per_layer
         self.meter = Meter()
+        self.peers: Peers | None = None
         self.units: list[Unit] = []
         probe = inner([{"params": [nn.Parameter(torch.zeros(1, 1))], "kind": "matrix"}])
         # Some libraries keep the learning rate as a tensor; here it is a number, and theirs is filled from it.
@@ -99,8 +108,6 @@ class SubspaceOptimizer(Optimizer):
             subspace = group["subspace"]
             if subspace is not None and not isinstance(subspace, Subspace):
                 raise ValueError(f"subspace of parameter group {g} is a {type(subspace).__name__}, not a Subspace")
-            if subspace is not None and any(hasattr(p, "full_tensor") for p in group["params"]):
-                raise ValueError(f"parameter group {g} has a subspace and sharded weights; it needs whole matrices")
 
     def _offsets(self) -> dict[str, int]:
         """Each projected weight's shift inside the refresh interval; independent of parameter order."""
@@ -153,15 +160,27 @@ class SubspaceOptimizer(Optimizer):
 
     def _unit(self, stacks: list[Stack], plain: list[tuple[int, list[nn.Parameter]]], steps: dict[str, int]) -> Unit:
         t = max((steps.get(n, 0) for g, _ in plain for n in self.param_groups[g]["param_names"]), default=0)
-        return Unit(stacks, plain, self.param_groups, self.factory, self.rules, self.meter, t)
+        return Unit(stacks, plain, self.param_groups, self.factory, self.rules, self.meter, t, self.peers)
 
     def _bucket(self, g: int, name: str, p: nn.Parameter, steps: dict[str, int]) -> tuple[Any, ...]:
         group = self.param_groups[g]
         if group["flat"]:
             return (steps.get(f"flat.{g}", 0),)
-        m, n = as_matrix(p).shape
+        m, n = matrix_shape(p)
         shape = (n, m) if orientation(p, group["subspace"].side) else (m, n)
         return (shape, p.dtype, p.device, name if self.per_layer else None, steps.get(name, 0))
+
+    def share_refreshes(self, group: ProcessGroup | None = None) -> None:
+        """Divide the choosing of bases among processes that have the same weights and gradients (data parallelism).
+
+        Each chooses its share and sends it to the others; without this, each chooses all.
+
+        Args:
+            group: the processes; None for all.
+        """
+        self.peers = Peers(group)
+        for unit in self.units:
+            unit.peers = self.peers
 
     def _hook_gradients(self) -> None:
         for u, unit in enumerate(self.units):
@@ -194,7 +213,7 @@ class SubspaceOptimizer(Optimizer):
         """A weight without a gradient is skipped, so from now on it counts its own steps."""
         missing: set[str] = set()
         for s in (s for unit in self.units for s in unit.stacks):
-            absent = [n for n, p in zip(s.names, s.params, strict=True) if p.grad is None]
+            absent = [n for n, p in zip(s.names, s.owners, strict=True) if p.grad is None]
             if not absent or len(absent) == len(s.names):
                 continue
             if s.flat:
@@ -260,11 +279,12 @@ class SubspaceOptimizer(Optimizer):
         raise KeyError(f"no projected parameter '{name}'")
 
     def state_bytes(self) -> int:
-        """Bytes of optimizer state kept between steps: moments, counters and bases."""
+        """Bytes of optimizer state that this process keeps between steps: moments, counters and bases."""
         total = sum(s.subspace.state_bytes() for unit in self.units for s in unit.stacks)
         for unit in self.units:
             for state in unit.inner.state.values():
-                total += sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, Tensor))
+                tensors = [local(v) for v in state.values() if isinstance(v, Tensor)]
+                total += sum(v.numel() * v.element_size() for v in tensors)
         return total
 
     @property

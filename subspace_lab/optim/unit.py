@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,12 +10,10 @@ from torch import Tensor, nn
 
 from subspace_lab.optim.meter import Meter
 from subspace_lab.optim.moments import Moments, carry_over, forget
+from subspace_lab.optim.refreshing import Gather, Peers, refresh
 from subspace_lab.optim.stack import Stack
-from subspace_lab.optim.threads import in_parallel
 from subspace_lab.optim.traits import OptimizerFactory, couples_decay, reads_weight
-from subspace_lab.subspaces.base import Members, Subspace
-
-Gather = Callable[[slice], tuple[Tensor, Tensor | None]]  # a chunk's gradients, and weights where asked for
+from subspace_lab.subspaces.base import Subspace
 
 # Keys of an outer group that are ours; all others are the inner optimizer's and are passed on at every step.
 OWN_KEYS = frozenset({"params", "param_names", "subspace", "flat", "scale", "weight_decay", "kind"})
@@ -42,6 +39,7 @@ class Unit:
         plain: (outer group, weights) left to the inner optimizer as they are.
         outer: the outer parameter groups; read at every step, so schedulers act on them.
         t: steps taken by the plain weights.
+        peers: processes with the same gradients, which divide the refreshes among them.
     """
 
     def __init__(
@@ -53,9 +51,10 @@ class Unit:
         rules: Rules,
         meter: Meter,
         t: int = 0,
+        peers: Peers | None = None,
     ) -> None:
         self.stacks, self.plain, self.outer, self.t = stacks, plain, outer, t
-        self.factory, self.rules, self.meter = factory, rules, meter
+        self.factory, self.rules, self.meter, self.peers = factory, rules, meter, peers
         self.owners: list[tuple[int, Stack | None]] = []
         groups: list[dict[str, Any]] = []
         #: the inner group of each stack, then of each group of plain weights
@@ -81,19 +80,21 @@ class Unit:
     def step(self) -> None:
         """One step of every weight that has a gradient."""
         self._sync_options()
-        moved = []
-        for s in self.stacks:
-            if s.params[0].grad is None:
-                continue
+        active = [s for s in self.stacks if s.has_gradient]
+        projected = [s for s in active if not s.direct]
+        for s in active:
+            s.bind()
+        self._refresh(projected)
+        for s in active:
             if s.direct:
                 self._lift_gradients(s)
-            else:
-                Z = self._collect(s)
-                start = self._weights_inside(s) if reads_weight(self.factory) else None
-                moved.append((s, s.load_coordinates(Z, start), start))
+        moved = []
+        for s, Z in zip(projected, self._mask([self._collect(s) for s in projected], projected), strict=True):
+            start = self._weights_inside(s) if reads_weight(self.factory) else None
+            moved.append((s, s.load_coordinates(Z, start), start))
         self.inner.step()
-        for s in self.stacks:
-            if s.direct and s.coords[0].grad is not None:
+        for s in active:
+            if s.direct:
                 s.let_go()
                 s.t += 1
         for s, step, start in moved:
@@ -131,25 +132,40 @@ class Unit:
                 t = 1 + (self.t if stack is None else stack.t)
                 group["eps"] = group["eps"] / (1 - group["betas"][1] ** t) ** 0.5
 
-    def _collect(self, s: Stack) -> Tensor:
-        """Refresh what is due and project: coordinates of the gradient, Z (B, p, r)."""
+    def _coupled(self, s: Stack) -> float:
+        """Weight decay that belongs into the gradient."""
         group = self.outer[s.group]
-        grads = s.grads()
-        due = s.due(self.rules.refresh_every)
-        coupled = group.get("weight_decay") if couples_decay(self.factory, group) else 0.0
+        return float(group.get("weight_decay") or 0.0) if couples_decay(self.factory, group) else 0.0
+
+    def _gather(self, s: Stack) -> Gather:
+        """A function of a chunk: its gradients (b, p, q), and its weights where they are wanted."""
+        coupled, grads = self._coupled(s), s.grads()
         wants_weight = bool(coupled) or s.subspace.needs_weight
 
         def gather(chunk: slice) -> tuple[Tensor, Tensor | None]:
             A, W = s.gather(grads, chunk), s.gather(s.params, chunk) if wants_weight else None
             return (A + coupled * W if coupled and W is not None else A), W
 
-        chunks = s.chunks()
-        if due:
-            self._refresh(s, due, [c for c in chunks if any(c.start <= i < c.stop for i in due)], gather)
+        return gather
+
+    def _refresh(self, stacks: list[Stack]) -> None:
+        """Choose the bases that are due."""
+        due = [(s, members) for s in stacks if (members := s.due(self.rules.refresh_every))]
+        done = refresh(due, self._gather, self.meter, self.peers)
+        for (s, members), changes in zip(due, done, strict=True):
+            if self.rules.moments == "reset" and len(members) == s.B and not s.subspace.full_size:
+                forget(self.inner, s)
+                continue
+            for some, change in changes:
+                carry_over(self.inner, s, some, change, self.rules.moments)
+
+    def _collect(self, s: Stack) -> Tensor:
+        """Coordinates of the gradient, Z (B, p, r)."""
         Z = torch.empty(s.coordinates, device=s.device)
-        clean = s.subspace.arrives_clean(s.keys) and not coupled
+        clean = s.subspace.arrives_clean(s.keys) and not self._coupled(s)
         energy: list[Tensor] = []
-        for chunk in chunks:
+        gather = self._gather(s)
+        for chunk in s.chunks():
             A = gather(chunk)[0]
             if clean:
                 Z[chunk] = A
@@ -157,12 +173,22 @@ class Unit:
                 s.subspace.project(A, chunk, out=Z[chunk])
             if self.meter.measure:
                 energy.append(A.float().square().sum())
-        # NaN and inf reach Z through any product; such a matrix takes a zero gradient this step.
-        good = torch.isfinite(Z.sum(dim=(1, 2)))
-        Z.masked_fill_(~good[:, None, None], 0.0)
         if self.meter.measure:
-            self.meter.add_energy(Z, energy)
+            self.meter.add_energy(Z, energy, s.rows)
         return Z
+
+    @staticmethod
+    def _mask(coordinates: list[Tensor], stacks: list[Stack]) -> list[Tensor]:
+        """NaN and inf reach Z through any product; such a matrix takes a zero gradient this step, in all its parts."""
+        good = [torch.isfinite(Z.sum(dim=(1, 2))) for Z in coordinates]
+        split = [i for i, s in enumerate(stacks) if s.rows is not None]
+        if split:
+            rows = stacks[split[0]].rows
+            assert rows is not None
+            bad = rows.largest(torch.cat([(~good[i]).float() for i in split]))
+            for i, part in zip(split, bad.split_with_sizes([stacks[i].B for i in split]), strict=True):
+                good[i] = part == 0
+        return [Z.masked_fill_(~fine[:, None, None], 0.0) for Z, fine in zip(coordinates, good, strict=True)]
 
     def _lift_gradients(self, s: Stack) -> None:
         """The direct way: gradients (and coupled decay), lifted once, are what the inner optimizer moves weights by."""
@@ -190,24 +216,6 @@ class Unit:
                 lifted += [s.restore(z, i) for i, z in enumerate(Z.unbind(0), chunk.start)]
             grads = lifted
         s.point_at_weights(grads)
-
-    def _refresh(self, s: Stack, due: list[int], chunks: list[slice], gather: Gather) -> None:
-        def refresh(chunk: slice) -> tuple[Members, Tensor | None]:
-            A, W = gather(chunk)
-            return s.refresh(A, chunk, due, W)
-
-        if s.subspace.every_step:
-            for chunk in chunks:
-                refresh(chunk)
-            return
-        with self.meter.watch.running(s.device):
-            done = in_parallel(refresh, chunks) if s.device.type == "cpu" else [refresh(c) for c in chunks]
-        self.meter.refreshes += len(due)
-        if self.rules.moments == "reset" and len(due) == s.B and not s.subspace.full_size:
-            forget(self.inner, s)
-            return
-        for members, change in done:
-            carry_over(self.inner, s, members, change, self.rules.moments)
 
     @staticmethod
     def _weights_inside(s: Stack) -> Tensor:

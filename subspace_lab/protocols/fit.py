@@ -230,7 +230,7 @@ def export(model: nn.Module, method: Method, folder: Path, *, writes: bool = Tru
         folder: where to write.
         writes: whether this process does.
     """
-    from subspace_lab.training.sharding import whole
+    from subspace_lab.optim.shards import whole
 
     weights = {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in method.export(model).items()}
     if not writes:
@@ -253,7 +253,7 @@ def state_bytes(optimizer: Optimizer) -> int:
     own = getattr(optimizer, "state_bytes", None)
     if own is not None:
         return int(own())
-    from subspace_lab.optim.riemannian import local
+    from subspace_lab.optim.shards import local
 
     tensors = [
         value for state in optimizer.state.values() for value in state.values() if hasattr(value, "element_size")

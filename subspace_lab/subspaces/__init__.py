@@ -1,8 +1,9 @@
 """Subspaces: how directions are chosen, refreshed and stored; project and lift."""
 
 from subspace_lab.subspaces.base import Subspace
+from subspace_lab.subspaces.blind import Identity, Random
 from subspace_lab.subspaces.complement import Complement
-from subspace_lab.subspaces.span import SVD, Identity, Random, Randomized, Span
+from subspace_lab.subspaces.span import SVD, Randomized, Span
 from subspace_lab.subspaces.tangent import Tangent
 
 __all__ = ["SVD", "Complement", "Identity", "Random", "Randomized", "Span", "Subspace", "Tangent"]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from subspace_lab.linalg import derive_key
+from subspace_lab.linalg.split_rows import SplitRows
 
 Members = slice | list[int]
 Side = Literal["short", "long", "left", "right"]
@@ -52,6 +53,14 @@ class Subspace(ABC):
     full_size: ClassVar[bool] = False
     #: a full-size constraint whose lift is linear: gradients lifted once keep a linear optimizer's steps inside
     linear_in_place: ClassVar[bool] = False
+    #: `refresh` is work worth dividing among processes with the same gradients, and all it changes is in ``state``
+    divides: ClassVar[bool] = False
+    #: works on matrices whose rows (p) are split among processes
+    splits: ClassVar[bool] = False
+    #: tensors of ``state`` that `skip` advances where another process refreshes
+    counters: ClassVar[frozenset[str]] = frozenset()
+    #: the processes among which the rows of every matrix are split, None where they are whole
+    split: SplitRows | None = None
 
     def __init__(self, *, side: Side = "short", seed: int = 0) -> None:
         self.side = side
@@ -107,6 +116,9 @@ class Subspace(ABC):
         Returns:
             The change of basis P_oldᵀ P_new (b, r, r) if `tracks_change` and coordinates have a basis, else None.
         """
+
+    def skip(self, members: list[int]) -> None:  # noqa: B027 - most subspaces count nothing
+        """Count a refresh of `members` that another process does; it sends what else of ``state`` has changed."""
 
     @abstractmethod
     def project(self, A: Tensor, members: Members = ALL, out: Tensor | None = None) -> Tensor:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from subspace_lab.training.sharding import shard
+from subspace_lab.optim.subspace_optimizer import SubspaceOptimizer
 from subspace_lab.training.tasks import Batch, Sums, Task
 
 if TYPE_CHECKING:
@@ -84,12 +85,18 @@ class ExperimentModule(LightningModule):
         if self.compile_model:
             self.model.compile()  # in place: the names in checkpoints stay the plain ones
         if self._device_mesh is not None:  # trainer=fsdp
-            shard(self.model, self._device_mesh["data_parallel"])
+            from subspace_lab.training.sharding import shard
+
+            shard(self.model, self._device_mesh["data_parallel"], self.method.shard_dimensions(self.model))
         self._prepared = True
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and its per-step scheduler and hang the method's `after_step` on it."""
         optimizer = self.make_optimizer(self.method, self.model)
+        if isinstance(self.trainer.strategy, DDPStrategy):  # every process has the averaged gradient
+            for part in (optimizer, *getattr(optimizer, "children", ())):
+                if isinstance(part, SubspaceOptimizer):
+                    part.share_refreshes()
         optimizer.register_step_post_hook(lambda stepped, args, kwargs: self.method.after_step(stepped))
         scheduler = self.make_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,23 +1,51 @@
-"""Fully sharded training (FSDP2): every process holds a part of each parameter, cut along its first dimension."""
+"""Fully sharded training (FSDP2): every process holds a part of each parameter, cut along one of its dimensions."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from typing_extensions import override
+
+from subspace_lab.errors import UserError
+from subspace_lab.optim.subspace_optimizer import SubspaceOptimizer
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard
+    from torch.optim import Optimizer
 
 
-def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+def shard(model: nn.Module, mesh: DeviceMesh, dimensions: Mapping[str, int] | None = None) -> None:
     """Shard a model in place: each block (an item of a ModuleList or of a Sequential) by itself, then what is left.
 
     Args:
         model: with its final parameters.
         mesh: one-dimensional, the processes that share the weights.
+        dimensions: parameter name -> the dimension to cut; 0 for all others.
+
+    Raises:
+        UserError: a dimension other than the first does not divide evenly, which FSDP2 does not do.
     """
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
+
+    along = {}
+    for name, parameter in model.named_parameters():
+        dimension = (dimensions or {}).get(name, 0)
+        if dimension and parameter.shape[dimension] % mesh.size():
+            raise UserError(
+                f"{name} is {tuple(parameter.shape)}: its dimension {dimension} cannot be cut into {mesh.size()} "
+                "equal parts",
+                hint="another number of processes, trainer=ddp, or subspace.side=right (cuts all along the first)",
+            )
+        along[parameter] = Shard(dimension)
+
+    def place(parameter: nn.Parameter) -> Shard:
+        return along[parameter]
 
     blocks: dict[nn.Module, None] = {}
     for parent in reversed(list(model.modules())):  # inner ones first
@@ -25,12 +53,31 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
             for child in parent:
                 if any(True for _ in child.children()) and not isinstance(child, nn.ModuleList | nn.ModuleDict):
                     blocks[child] = None
-    for block in blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    for block in [*blocks, model]:
+        fully_shard(block, mesh=mesh, shard_placement_fn=place)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together (all processes must ask); any other as it is."""
-    gather = getattr(tensor, "full_tensor", None)
-    return gather() if gather is not None else tensor
+class ShardedStrategy(ModelParallelStrategy):
+    """Lightning's FSDP2 strategy, which also saves and loads optimizers that key their state by parameter name."""
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        if not isinstance(optimizer, SubspaceOptimizer):
+            return super().optimizer_state(optimizer)
+        state = optimizer.state_dict()  # all processes together put the moments together
+        return state if self.global_rank == 0 else {}
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        ours = {i: o for i, o in enumerate(self.optimizers) if isinstance(o, SubspaceOptimizer)}
+        everything = self.optimizers
+        # Lightning's way with what it knows; no list but this one says which optimizers it loads.
+        self._optimizers = [o for i, o in enumerate(everything) if i not in ours]
+        try:
+            checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        finally:
+            self._optimizers = everything
+        for i, optimizer in ours.items():
+            optimizer.load_state_dict(checkpoint["optimizer_states"][i])
+        return checkpoint

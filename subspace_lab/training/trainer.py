@@ -278,10 +278,10 @@ class TrainerPlan:
             backend = "nccl" if self.accelerator == "gpu" else "gloo"
             return DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True)
         if self.strategy == "fsdp":
-            from lightning.pytorch.strategies import ModelParallelStrategy
+            from subspace_lab.training.sharding import ShardedStrategy
 
             backend = "nccl" if self.accelerator == "gpu" else "gloo"
-            return ModelParallelStrategy(
+            return ShardedStrategy(
                 data_parallel_size=self.world_size,
                 tensor_parallel_size=1,
                 save_distributed_checkpoint=False,  # one file, as every other run writes

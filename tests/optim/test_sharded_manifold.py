@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 
 from subspace_lab.methods.gcr import GCR
-from subspace_lab.training.sharding import shard, whole
+from subspace_lab.optim.shards import whole
+from subspace_lab.training.sharding import shard
 
 CLASSES = 5  # an odd number: the processes get three and two
 
