@@ -138,8 +138,7 @@ def _exchange(
                 whole[some] = change.to(whole.dtype)
         changes.append(whole)
     tensors = [
-        [t for key, t in sorted(s.subspace.state.items()) if key not in s.subspace.counters]
-        + ([change] if change is not None else [])
+        [t for _, t in sorted(s.subspace.state.items())] + ([change] if change is not None else [])
         for s, change in zip(stacks, changes, strict=True)
     ]
     buffers = [_pack(tensors, [share[o] for share in shares]) for o in range(peers.size)]

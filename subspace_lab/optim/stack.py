@@ -27,7 +27,12 @@ def matrix_shape(t: Tensor) -> tuple[int, int]:
 
 
 def orientation(weight: Tensor, side: str) -> bool:
-    """Whether `weight` is transposed so that the basis side becomes the last dimension."""
+    """Whether `weight` is transposed so that the basis side becomes the last dimension.
+
+    Of a sharded weight the basis side is the one that is whole, whatever `side` says.
+    """
+    if is_sharded(weight):
+        return sharded_dimension(weight) != 0
     m, n = matrix_shape(weight)
     return {"short": m < n, "long": m >= n, "right": False, "left": True}[side]
 
@@ -111,13 +116,6 @@ class Stack:
             raise ValueError(
                 "sharded weights need an inner optimizer that looks at one entry at a time (AdamW, Lion …)"
             )
-        for name, p, transposed in zip(self.names, self.owners, self.transposed, strict=True):
-            dimension = sharded_dimension(p)
-            if dimension != int(transposed):
-                raise ValueError(
-                    f"{name} is sharded along dimension {dimension}, on which the basis acts: "
-                    "shard the other one (`Method.shard_dimensions`)"
-                )
 
     def bind(self) -> None:
         """Look up what this process holds of sharded weights, which FSDP may have moved."""

@@ -57,8 +57,6 @@ class Subspace(ABC):
     divides: ClassVar[bool] = False
     #: works on matrices whose rows (p) are split among processes
     splits: ClassVar[bool] = False
-    #: tensors of ``state`` that `skip` advances where another process refreshes
-    counters: ClassVar[frozenset[str]] = frozenset()
     #: the processes among which the rows of every matrix are split, None where they are whole
     split: SplitRows | None = None
 

@@ -8,10 +8,10 @@ from typing_extensions import override
 
 from subspace_lab import linalg
 from subspace_lab.subspaces.base import ALL, Members, Subspace
-from subspace_lab.subspaces.span import Span
+from subspace_lab.subspaces.span import Drawn
 
 
-class Random(Span):
+class Random(Drawn):
     """A random subspace: the orthonormalised columns of a Rademacher (±1) matrix.
 
     Never looks at the gradient.  The basis is a function of seed, parameter name and draw count, so checkpoints
@@ -26,7 +26,7 @@ class Random(Span):
     def setup(self, device: torch.device) -> None:
         B, _, q = self.shape
         self._make_room(device)
-        self.state["draws"] = torch.zeros(B, dtype=torch.int64)
+        self.draws = [0] * B
         self.state["basis"] = torch.empty(B, q, self.r, device=device)
         self.rebuild()
 
@@ -35,9 +35,8 @@ class Random(Span):
         self.basis.copy_(self._draw(ALL))
 
     def _draw(self, members: Members) -> Tensor:
-        numbers = self.state["draws"][members]
         names = self.names[members] if isinstance(members, slice) else [self.names[i] for i in members]
-        keys = [linalg.derive_key(self.seed, n, "draw", int(d)) for n, d in zip(names, numbers, strict=True)]
+        keys = [linalg.derive_key(self.seed, n, "draw", d) for n, d in zip(names, self.drawn(members), strict=True)]
         device = self.basis.device
         signs = linalg.rademacher((self.shape[2], self.r), key=torch.tensor(keys), device=device)
         P = linalg.orthonormalize(signs)
@@ -45,7 +44,7 @@ class Random(Span):
 
     @override
     def choose(self, A: Tensor, P: Tensor, members: Members) -> Tensor:
-        self.state["draws"][members] += 1
+        self.count(members)
         return self._draw(members)
 
     @override

@@ -6,6 +6,7 @@ GaLore's projector (arXiv 2403.03507, eq. 5–7) with the basis on the last dime
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -194,7 +195,44 @@ class SVD(Span):
         return basis
 
 
-class Randomized(Span):
+class Drawn(Span):
+    """A span that counts, for each matrix, how often it drew: random choices depend on it, so it is state.
+
+    Plain numbers, so that choosing needs no look at device memory; a checkpoint holds them as int64 scalars.
+    """
+
+    @override
+    def setup(self, device: torch.device) -> None:
+        self.draws = [0] * self.shape[0]
+        super().setup(device)
+
+    def drawn(self, members: Members) -> list[int]:
+        """How often each of `members` drew."""
+        return self.draws[members] if isinstance(members, slice) else [self.draws[i] for i in members]
+
+    def count(self, members: Members) -> None:
+        """Each of `members` draws once more."""
+        for i in range(*members.indices(len(self.draws))) if isinstance(members, slice) else members:
+            self.draws[i] += 1
+
+    @override
+    def skip(self, members: list[int]) -> None:
+        self.count(members)
+
+    @override
+    def member_state(self, i: int) -> dict[str, Tensor]:
+        return super().member_state(i) | {"draws": torch.tensor(self.draws[i])}
+
+    @override
+    def load_members(self, entries: Sequence[dict[str, Tensor]]) -> None:
+        for name, entry in zip(self.names, entries, strict=True):
+            if "draws" not in entry:
+                raise ValueError(f"checkpoint holds no 'draws' for '{name}'; it has {sorted(entry)}")
+        self.draws = [int(entry["draws"]) for entry in entries]
+        super().load_members(entries)
+
+
+class Randomized(Drawn):
     """Randomized subspace iteration (Halko, Martinsson & Tropp 2011), warm-started from the last basis.
 
     The first basis of a matrix comes from a Rademacher sketch, later ones from `power_iterations` steps starting
@@ -202,7 +240,6 @@ class Randomized(Span):
     """
 
     splits = True
-    counters = frozenset({"draws"})
 
     def __init__(
         self,
@@ -224,18 +261,11 @@ class Randomized(Span):
         self.warm_start = warm_start
 
     @override
-    def setup(self, device: torch.device) -> None:
-        super().setup(device)
-        # How often each matrix drew a sketch: a plain CPU counter, so that choosing needs no host sync.
-        self.state["draws"] = torch.zeros(self.shape[0], dtype=torch.int64)
-
-    @override
     def choose(self, A: Tensor, P: Tensor, members: Members) -> Tensor:
-        draws = self.state["draws"]
-        first = bool((draws[members] == 0).any())
-        key = linalg.derive_key(self.seed, "sketch", int(draws[members].max()))
-        draws[members] += 1
-        if self.warm_start and not first:
+        draws = self.drawn(members)
+        key = linalg.derive_key(self.seed, "sketch", max(draws))
+        self.count(members)
+        if self.warm_start and min(draws) > 0:
             return linalg.subspace_iteration(A, P, iterations=max(1, self.power_iterations), rows=self.split)[0]
         return linalg.randomized_svd(
             A,
@@ -245,7 +275,3 @@ class Randomized(Span):
             power_iterations=self.power_iterations,
             rows=self.split,
         )[0]
-
-    @override
-    def skip(self, members: list[int]) -> None:
-        self.state["draws"][members] += 1

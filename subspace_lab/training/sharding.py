@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from typing_extensions import override
 
-from subspace_lab.errors import UserError
 from subspace_lab.optim.subspace_optimizer import SubspaceOptimizer
 
 if TYPE_CHECKING:
@@ -22,27 +22,31 @@ if TYPE_CHECKING:
 def shard(model: nn.Module, mesh: DeviceMesh, dimensions: Mapping[str, int] | None = None) -> None:
     """Shard a model in place: each block (an item of a ModuleList or of a Sequential) by itself, then what is left.
 
+    FSDP2 cuts dimensions other than the first into equal parts only: a weight that does not come out even is cut along
+    the first, and a note says so.
+
     Args:
         model: with its final parameters.
         mesh: one-dimensional, the processes that share the weights.
         dimensions: parameter name -> the dimension to cut; 0 for all others.
-
-    Raises:
-        UserError: a dimension other than the first does not divide evenly, which FSDP2 does not do.
     """
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard
 
-    along = {}
+    along, uneven = {}, []
     for name, parameter in model.named_parameters():
         dimension = (dimensions or {}).get(name, 0)
-        if dimension and parameter.shape[dimension] % mesh.size():
-            raise UserError(
-                f"{name} is {tuple(parameter.shape)}: its dimension {dimension} cannot be cut into {mesh.size()} "
-                "equal parts",
-                hint="another number of processes, trainer=ddp, or subspace.side=right (cuts all along the first)",
-            )
+        if parameter.shape[dimension] % mesh.size() if dimension else False:
+            uneven.append(name)
+            dimension = 0
         along[parameter] = Shard(dimension)
+    if uneven:
+        first = next(p for n, p in model.named_parameters() if n == uneven[0])
+        warnings.warn(
+            f"{len(uneven)} weights such as {uneven[0]} {tuple(first.shape)} do not divide by {mesh.size()} processes "
+            "along the longer side: they are cut along the other one, and their bases are of the longer",
+            stacklevel=2,
+        )
 
     def place(parameter: nn.Parameter) -> Shard:
         return along[parameter]

@@ -346,20 +346,15 @@ def test_energy_and_bad_gradients_are_of_all_parts(pair: dict[str, list[Any]]) -
         assert torch.equal(first["after"][name], second["after"][name])
 
 
-def test_whole_matrices_are_asked_for_in_one_line(tmp_path: Path) -> None:
+def test_what_cannot_be_sharded_is_said_in_one_line(tmp_path: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
-    from subspace_lab.errors import UserError
     from subspace_lab.training.sharding import shard
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
-        mesh = init_device_mesh("cpu", (1,))
         model = net()
-        shard(model, mesh, {"mlp.0.weight": 1})
-        params = [("mlp.0.weight", model.mlp[0].weight)]
-        with pytest.raises(ValueError, match=r"mlp\.0\.weight is sharded along dimension 1, on which the basis acts"):
-            SubspaceOptimizer([{"params": params, "subspace": SVD(2)}], partial(AdamW, lr=0.1))
+        shard(model, init_device_mesh("cpu", (1,)))
         params = [("mlp.2.weight", model.mlp[2].weight)]
         with pytest.raises(ValueError, match="one entry at a time"):
             SubspaceOptimizer([{"params": params, "subspace": SVD(2)}], partial(Adafactor, lr=0.1))
@@ -368,14 +363,26 @@ def test_whole_matrices_are_asked_for_in_one_line(tmp_path: Path) -> None:
     finally:
         dist.destroy_process_group()
 
-    class Three:
-        def size(self) -> int:
-            return 3
 
-    with pytest.raises(
-        UserError, match=r"mlp.1.weight is \(16, 20\): its dimension 1 cannot be cut into 3 equal parts"
-    ):
-        shard(net(), Three(), {"mlp.1.weight": 1})  # type: ignore[arg-type]
+def test_bases_are_of_the_side_that_is_whole() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from subspace_lab.training.sharding import shard
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=3)  # type: ignore[no-untyped-call]
+    try:
+        model, how = net(), method("svd")
+        model.mlp[1] = nn.Linear(18, 16)
+        with pytest.warns(UserWarning, match=r"1 weights such as mlp.3.weight \(16, 20\) do not divide by 3 processes"):
+            shard(model, init_device_mesh("cpu", (3,)), how.shard_dimensions(model))
+        optimizer = how.build_optimizer(model, factory("svd"))
+        assert isinstance(optimizer, SubspaceOptimizer)
+        # (16, 20) is cut into rows of 6, 6, 4 with a basis of the 20; (16, 18) into columns of 6 with one of the 16.
+        assert optimizer.directions("mlp.3.weight")["basis"].shape == (20, RANK)
+        assert optimizer.directions("mlp.1.weight")["basis"].shape == (16, RANK)
+    finally:
+        dist.destroy_process_group()
 
 
 # -- replicated --------------------------------------------------------------------------------------------------
