@@ -119,12 +119,12 @@ def randomized_svd(
     width = min(r + oversample, q) if rows is not None else min(r + oversample, p, q)
     test = rademacher((q, width), key=key, dtype=scaled.dtype, device=A.device)
 
-    def across(Y: Tensor) -> Tensor:
-        return orthonormalize(Y) if rows is None else orthonormal_columns(Y, rows)
+    def across(Y: Tensor, *, last: bool) -> Tensor:
+        return orthonormalize(Y) if rows is None else orthonormal_columns(Y, rows, passes=2 if last else 1)
 
-    Q = across(scaled @ test)
-    for _ in range(power_iterations):
-        Q = across(scaled @ orthonormalize(total(scaled.mT @ Q, rows)))
+    Q = across(scaled @ test, last=power_iterations == 0)
+    for left in reversed(range(power_iterations)):
+        Q = across(scaled @ orthonormalize(total(scaled.mT @ Q, rows)), last=left == 0)
     Z = total(scaled.mT @ Q, rows).double()
     # SVD of the small factor Zᵀ = QᵀA by its Gram matrix, in float64: k x k only, and it keeps s down to 1e-7
     # s_1 apart.

@@ -16,6 +16,7 @@ def build_llama(
     intermediate_size: int,
     num_heads: int,
     num_layers: int,
+    num_kv_heads: int | None = None,
     vocab_size: int | None = None,
     max_position_embeddings: int = 1024,
     gradient_checkpointing: bool = False,
@@ -28,6 +29,7 @@ def build_llama(
         intermediate_size: width of the gated MLP.
         num_heads: attention heads.
         num_layers: transformer blocks.
+        num_kv_heads: heads of keys and values (grouped-query attention); None is one for each attention head.
         max_position_embeddings: longest sequence, in tokens.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         vocab_size: number of embeddings; None takes the data's.
@@ -53,6 +55,8 @@ def build_llama(
             raise UserError(f"model.{key}={size}: expected at least 1")
     if hidden_size % num_heads:
         raise UserError(f"model.hidden_size={hidden_size} is not divisible by model.num_heads={num_heads}")
+    if num_kv_heads is not None and (num_kv_heads < 1 or num_heads % num_kv_heads):
+        raise UserError(f"model.num_heads={num_heads} is not divisible by model.num_kv_heads={num_kv_heads}")
     from transformers import LlamaConfig, LlamaForCausalLM  # seconds of import: only for this model
 
     config = LlamaConfig(
@@ -60,6 +64,7 @@ def build_llama(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
         num_hidden_layers=num_layers,
         max_position_embeddings=max_position_embeddings,
         rms_norm_eps=1e-6,

@@ -92,9 +92,10 @@ class Stack:
         self.plain = len(named) == 1 and not flat and self.params[0].ndim == 2 and not self.transposed[0]
         self.offsets = [offsets[k] for k in self.keys]
         self.device = self.params[0].device
-        self.subspace = subspace.allocate(self.shape, names=self.keys, device=self.device, transposed=self.transposed)
+        self.subspace = subspace.allocate(
+            self.shape, names=self.keys, device=self.device, transposed=self.transposed, split=self.rows
+        )
         self.subspace.tracks_change = tracks_change
-        self.subspace.split = self.rows
         ready = self.subspace.ready()
         self.unsure = ready is not None and not ready.is_meta
         B, p, r = self.subspace.coordinates

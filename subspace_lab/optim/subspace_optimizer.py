@@ -275,7 +275,7 @@ class SubspaceOptimizer(Optimizer):
         """
         for s in (s for unit in self.units for s in unit.stacks):
             if name in s.keys:
-                return {k: v[s.keys.index(name)] for k, v in s.subspace.state.items()}
+                return s.subspace.directions(s.keys.index(name))
         raise KeyError(f"no projected parameter '{name}'")
 
     def state_bytes(self) -> int:

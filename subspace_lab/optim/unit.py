@@ -254,9 +254,11 @@ class Unit:
 
 def _add_in_place(s: Stack, Z: Tensor, chunk: slice) -> bool:
     """One large fp32 matrix: W.addmm_(Z, Pᵀ), which needs no full-size temporary."""
-    factors = s.subspace.factors(chunk)
     W = s.params[chunk.start]
-    if factors is None or s.flat or chunk.stop - chunk.start > 1 or W.dtype != Z.dtype:
+    if s.flat or chunk.stop - chunk.start > 1 or W.dtype != Z.dtype:
+        return False
+    factors = s.subspace.factors(chunk)
+    if factors is None:
         return False
     s.matrix(W, chunk.start).addmm_(Z[0], factors[0])
     return True

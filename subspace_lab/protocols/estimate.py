@@ -2,20 +2,21 @@
 
 The model is built from shapes only (torch's fake tensors). The optimizer's state is what one real step of it leaves
 behind; activations are the tensors that a forward pass saves for the backward pass, each storage counted once and
-weights left out.
+weights left out. With several processes: what each holds, and what it sends (see `estimate_processes`).
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from subspace_lab import build
 from subspace_lab.errors import UserError
+from subspace_lab.protocols.estimate_processes import fake_group, processes, share_of
 from subspace_lab.reporting.tables import write_bytes
 
 if TYPE_CHECKING:
@@ -29,6 +30,16 @@ if TYPE_CHECKING:
 
 # The published runs' tokenizers (T5's, LLaMA's) have 32000 pieces: taken when the tokenizer is not on this machine.
 USUAL_VOCABULARY = 32000
+ROWS = (
+    ("weights", "weights"),
+    ("gradients", "gradients"),
+    ("state", "optimizer state"),
+    ("activations", "activations"),
+    ("gathered", "gathered weights"),
+    ("total", "total"),
+    ("sent", "sent per step"),
+    ("sent_refresh", "more per refresh"),
+)
 
 
 @dataclass
@@ -41,6 +52,11 @@ class Memory:
         state: the optimizer's tensors, bases included.
         activations: saved for the backward pass of one micro-batch.
         parameters: number of them.
+        processes: number of them.
+        strategy: how they share the work.
+        gathered: whole weights that FSDP2 has together at a time.
+        sent: bytes that a process sends for one micro-batch and one step.
+        sent_refresh: bytes more when all bases are refreshed.
     """
 
     weights: int
@@ -48,11 +64,16 @@ class Memory:
     state: int
     activations: int
     parameters: int
+    processes: int = 1
+    strategy: str = "auto"
+    gathered: int = 0
+    sent: float = 0.0
+    sent_refresh: float = 0.0
 
     @property
     def total(self) -> int:
         """Everything together; kernels' work space and fragmentation come on top."""
-        return self.weights + self.gradients + self.state + self.activations
+        return self.weights + self.gradients + self.state + self.activations + self.gathered
 
 
 def print_estimate(runs: Sequence[tuple[str, DictConfig]]) -> None:
@@ -72,14 +93,13 @@ def print_estimate(runs: Sequence[tuple[str, DictConfig]]) -> None:
     table.add_column("")
     for label, _ in columns:
         table.add_column(label, justify="right")
-    for row in ("weights", "gradients", "state", "activations", "total"):
-        table.add_row(
-            "optimizer state" if row == "state" else row,
-            *(write_bytes(getattr(memory, row)) for _, memory in columns),
-        )
+    for row, label in ROWS:
+        if any(getattr(memory, row) for _, memory in columns):
+            table.add_row(label, *(write_bytes(getattr(memory, row)) for _, memory in columns))
     console = Console()
     console.print(f"memory per device: {first.parameters / 1e6:,.1f} M parameters, {cfg.trainer.precision}, ", end="")
-    console.print(f"micro-batches of {build.build_data(cfg).blank_batch()[1]}")
+    several = f", {first.processes} processes, {first.strategy}" if first.processes > 1 else ""
+    console.print(f"micro-batches of {build.build_data(cfg).blank_batch()[1]}{several}")
     console.print(table)
     for line in dict.fromkeys(notes):
         console.print(line)
@@ -97,21 +117,30 @@ def estimate(cfg: DictConfig, notes: list[str]) -> Memory:
     if scenario is not None and "data_classes" in known:
         known = known | {"data_classes": scenario.outputs(data)}
     half = torch.float16 if plan.precision == "16-mixed" else torch.bfloat16
-    with _fake():
+    size = processes(plan, notes)
+    if size > 1:
+        plan.strategy = "ddp" if plan.strategy == "auto" else plan.strategy
+        plan.check_method(method, 1)
+    with fake_group(size) if size > 1 else nullcontext(), _fake():
         with _default_dtype(torch.float32 if plan.precision == "32-true" else half):
             model = method.prepare(build.build_model_for(cfg, known))
             activations = _saved_bytes(model, data)
         if plan.precision.endswith("mixed"):
             # Mixed precision computes in 16 bits but keeps weights, gradients and state in 32.
             model = method.prepare(build.build_model_for(cfg, known))
-        parameters = list(model.parameters())
-        sizes = [p.numel() * p.element_size() for p in parameters]
+        if size > 1:
+            parameters = sum(p.numel() for p in model.parameters())
+            share = share_of(cfg, plan, method, model, data, size)
+            return Memory(
+                **vars(share), activations=activations, parameters=parameters, processes=size, strategy=plan.strategy
+            )
+        sizes = [p.numel() * p.element_size() for p in model.parameters()]
         return Memory(
             weights=sum(sizes),
             gradients=max(sizes) if method.per_layer else sum(sizes),
             state=_state_bytes(cfg, method, model),
             activations=activations,
-            parameters=sum(p.numel() for p in parameters),
+            parameters=sum(p.numel() for p in model.parameters()),
         )
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -77,6 +77,7 @@ class Subspace(ABC):
         names: Sequence[str],
         device: torch.device,
         transposed: Sequence[bool] | None = None,
+        split: SplitRows | None = None,
     ) -> Self:
         """Return a copy that holds the subspaces of a stack.
 
@@ -86,8 +87,10 @@ class Subspace(ABC):
                 of parameter order and process count.
             device: where the stack lives.
             transposed: for each matrix, whether the stack holds its transpose.
+            split: the processes among which the rows of every matrix are split; None where they are whole.
         """
         new = copy.copy(self)
+        new.split = split
         new.shape, new.names = shape, tuple(names)
         new.native = tuple(not t for t in (transposed or [False] * shape[0]))
         new.state = {}
@@ -152,6 +155,10 @@ class Subspace(ABC):
         """Checkpoint entries of matrix i (views, no copy)."""
         return {k: v[i] for k, v in self.state.items() if k not in self.derived}
 
+    def directions(self, i: int) -> dict[str, Tensor]:
+        """Every tensor of matrix i, derived ones too (views, no copy, unless processes have parts of it)."""
+        return {k: v[i] for k, v in self.state.items()}
+
     def load_members(self, entries: Sequence[dict[str, Tensor]]) -> None:
         """Fill the stack from per-matrix entries, in stack order.
 
@@ -164,11 +171,7 @@ class Subspace(ABC):
             for i, (name, entry) in enumerate(zip(self.names, entries, strict=True)):
                 if key not in entry:
                     raise ValueError(f"checkpoint holds no '{key}' for '{name}'; it has {sorted(entry)}")
-                if entry[key].shape != now.shape[1:]:
-                    raise ValueError(
-                        f"'{key}' of '{name}' has shape {tuple(entry[key].shape)} in the checkpoint "
-                        f"but {tuple(now.shape[1:])} here: was the run started with another rank or side?"
-                    )
+                check_shape(entry, key, tuple(now.shape[1:]), name)
                 now[i].copy_(entry[key])
         self.rebuild()
 
@@ -182,6 +185,19 @@ class Subspace(ABC):
     def keys(self, *parts: int | str) -> Tensor:
         """One generator key per matrix, a function of seed, parameter name and `parts` only (int64, CPU)."""
         return torch.tensor([derive_key(self.seed, n, *parts) for n in self.names], dtype=torch.int64)
+
+
+def check_shape(entry: Mapping[str, Tensor], key: str, wanted: tuple[int, ...], name: str) -> None:
+    """Refuse a checkpoint's tensor of another shape.
+
+    Raises:
+        ValueError: with both shapes.
+    """
+    if key in entry and tuple(entry[key].shape) != wanted:
+        raise ValueError(
+            f"'{key}' of '{name}' has shape {tuple(entry[key].shape)} in the checkpoint "
+            f"but {wanted} here: was the run started with another rank or side?"
+        )
 
 
 def clamp_rank(rank: int | float, q: int, names: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from subspace_lab import linalg
 from subspace_lab.subspaces.base import ALL, Members, Subspace
-from subspace_lab.subspaces.span import Drawn
+from subspace_lab.subspaces.randomized import Drawn
 
 
 class Random(Drawn):
@@ -27,17 +27,17 @@ class Random(Drawn):
         B, _, q = self.shape
         self._make_room(device)
         self.draws = [0] * B
-        self.state["basis"] = torch.empty(B, q, self.r, device=device)
+        self.state["basis"] = self._own(torch.empty(B, q, self.r, device=device))
         self.rebuild()
 
     @override
     def rebuild(self) -> None:
-        self.basis.copy_(self._draw(ALL))
+        self.state["basis"].copy_(self._own(self._draw(ALL)))
 
     def _draw(self, members: Members) -> Tensor:
         names = self.names[members] if isinstance(members, slice) else [self.names[i] for i in members]
         keys = [linalg.derive_key(self.seed, n, "draw", d) for n, d in zip(names, self.drawn(members), strict=True)]
-        device = self.basis.device
+        device = self.state["basis"].device
         signs = linalg.rademacher((self.shape[2], self.r), key=torch.tensor(keys), device=device)
         P = linalg.orthonormalize(signs)
         return self._inside(P, members) if self.within is not None else P
@@ -49,10 +49,10 @@ class Random(Drawn):
 
     @override
     def refresh(self, A: Tensor, members: Members = ALL, weight: Tensor | None = None) -> Tensor | None:
-        P = self.basis[members]
+        P = self.basis_of(members) if self.tracks_change else A
         new = self.choose(A, P, members)
         change = P.mT @ new if self.tracks_change else None
-        self.basis[members] = new
+        self.state["basis"][members] = self._own(new)
         return change
 
 

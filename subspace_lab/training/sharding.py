@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from typing_extensions import override
 
+from subspace_lab.optim.shards import is_sharded
 from subspace_lab.optim.subspace_optimizer import SubspaceOptimizer
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, dimensions: Mapping[str, int] | None = None) -> None:
+def shard(model: nn.Module, mesh: DeviceMesh, dimensions: Mapping[str, int] | None = None) -> list[list[nn.Parameter]]:
     """Shard a model in place: each block (an item of a ModuleList or of a Sequential) by itself, then what is left.
 
     FSDP2 cuts dimensions other than the first into equal parts only: a weight that does not come out even is cut along
@@ -29,6 +30,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, dimensions: Mapping[str, int] | No
         model: with its final parameters.
         mesh: one-dimensional, the processes that share the weights.
         dimensions: parameter name -> the dimension to cut; 0 for all others.
+
+    Returns:
+        The parameters, whole as they were, that are gathered together: of each block, last of what is left.
     """
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard
@@ -57,8 +61,11 @@ def shard(model: nn.Module, mesh: DeviceMesh, dimensions: Mapping[str, int] | No
             for child in parent:
                 if any(True for _ in child.children()) and not isinstance(child, nn.ModuleList | nn.ModuleDict):
                     blocks[child] = None
+    groups = []
     for block in [*blocks, model]:
+        groups.append([p for p in block.parameters() if not is_sharded(p)])
         fully_shard(block, mesh=mesh, shard_placement_fn=place)
+    return groups
 
 
 class ShardedStrategy(ModelParallelStrategy):
