@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -43,6 +43,8 @@ class TaskContext:
         loss: mean training loss of a batch, with graph.
         leads: whether this process is the first; others get what `share` hands on.
         share: takes tensors by name on the first process (what others give is ignored) and returns them on every one.
+        split: of names, those that this process works on; each is one process's.
+        gather: takes the tensors that each process has made of its names, and returns all on every one.
     """
 
     index: int
@@ -56,3 +58,5 @@ class TaskContext:
     loss: Callable[[nn.Module, Batch], Tensor]
     leads: bool = True
     share: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda tensors: tensors
+    split: Callable[[Sequence[str]], list[str]] = list
+    gather: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda tensors: tensors

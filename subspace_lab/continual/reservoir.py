@@ -69,12 +69,19 @@ class Reservoir:
             self._put(dict(stays), rows)  # of several for one place the last
 
     def draw(self, count: int) -> dict[str, Tensor]:
-        """Return `count` of the kept examples, drawn without replacement; all, shuffled, where fewer are kept."""
-        rank = dist.get_rank() if dist.is_initialized() else 0
+        """Return `count` of the kept examples, drawn without replacement; all, shuffled, where fewer are kept.
+
+        The processes of a run divide among them what one process would draw for all: `count` each, or equal parts of
+        all that are kept (the last few of which nobody gets where they cannot be divided).
+        """
         device = self._rows["labels"].device
-        key = derive_key("reservoir/draw/1", self.seed, rank)
-        order = random_bits(key, self._draws * self.size, len(self), device).argsort(stable=True)[:count]
+        key = derive_key("reservoir/draw/1", self.seed, 0)
+        order = random_bits(key, self._draws * self.size, len(self), device).argsort(stable=True)
         self._draws += 1
+        world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        if len(self) >= world:
+            count = min(count, len(self) // world)
+            order = order[rank * count : (rank + 1) * count]
         return {name: rows.index_select(0, order) for name, rows in self._rows.items()}
 
     def kept(self) -> dict[str, Tensor]:

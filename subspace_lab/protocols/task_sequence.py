@@ -14,7 +14,7 @@ import torch
 from subspace_lab import build
 from subspace_lab.continual.context import TaskContext
 from subspace_lab.continual.objective import Attack, SequenceObjective
-from subspace_lab.continual.sharing import share_tensors
+from subspace_lab.continual.sharing import gather_tensors, part_of_this_process, share_tensors
 from subspace_lab.data.order import mix
 from subspace_lab.data.packing import Batch
 from subspace_lab.errors import UserError
@@ -236,6 +236,8 @@ class TaskSequence:
             loss=self.objective.task_loss,
             leads=self.leads,
             share=lambda tensors: share_tensors(tensors, device),
+            split=part_of_this_process,
+            gather=lambda tensors: gather_tensors(tensors, device),
         )
 
     def _measure(self, index: int) -> tuple[list[float], dict[str, float]]:

@@ -2,7 +2,7 @@
 
 Xiao, Meng, Zhang, He & Lin, "Hebbian Learning based Orthogonal Projection for Continual Learning of Spiking Neural
 Networks", ICLR 2024, arXiv 2402.11984.  Beside each layer, rows H of lateral weights learn the principal subspace of
-its inputs x by Oja's subspace rule; old rows stay, new ones learn.  For every batch, five times over:
+its inputs x by Oja's subspace rule; old rows stay, new ones learn.  For every batch, of all processes, five times:
 
     y = H x,    x̂ = Hᵀ y,    ΔH = mean y (x − x̂)ᵀ, clamped to ±10,    v <- 0.9 v + 0.1 ΔH,    H_new <- H_new + η v
     W's gradient is that of the inputs x − H_oldᵀ H_old x
@@ -28,6 +28,7 @@ from typing_extensions import override
 
 from subspace_lab.continual.activations import input_rows, input_size
 from subspace_lab.continual.context import TaskContext
+from subspace_lab.continual.sharing import mean_over_processes
 from subspace_lab.errors import UserError
 from subspace_lab.linalg import derive_key
 from subspace_lab.methods.continual.protecting import ProtectingMethod
@@ -129,7 +130,7 @@ class HLOP(ProtectingMethod):
 
     @override
     def end_task(self, model: nn.Module, task: TaskContext) -> None:
-        """Merge the new rows, orthonormalised; every process takes those of the first, which saw its own batches."""
+        """Merge the new rows, orthonormalised by the first process."""
         self._unhook()
         tensors: dict[str, Tensor] = {}
         if task.leads:
@@ -169,7 +170,7 @@ def oja(H: Tensor, v: Tensor, X: Tensor, M: Tensor | None, eta: float) -> tuple[
         rest = X if M is None else X - (X @ M) @ M.mT
         for _ in range(INNER):
             Y = X @ H.mT
-            change = (Y.mT @ (rest - Y @ H) / len(X)).clamp_(-CLAMP, CLAMP)
+            change = mean_over_processes(Y.mT @ (rest - Y @ H) / len(X)).clamp_(-CLAMP, CLAMP)
             v = KEEP * v + (1 - KEEP) * change
             H = H + eta * v
     return H, v

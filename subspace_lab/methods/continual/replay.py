@@ -37,7 +37,7 @@ from subspace_lab.models.task_heads import find_task_heads
 class Replay(ContinualMethod):
     """Experience replay: a reservoir of old examples is rehearsed beside every batch.
 
-    All processes of a run keep the same reservoir (each sees what the others train on) and draw their own examples from
+    All processes of a run keep the same reservoir (each sees what the others train on) and divide what is drawn from
     it. The training loss has to compare all classes seen so far: scenario.loss_over=seen, or a single head.
 
     Args:
@@ -82,10 +82,10 @@ class Replay(ContinualMethod):
 
     @override
     def install(self, model: nn.Module, index: int) -> None:
-        """Train all heads: old ones by replayed examples, later ones by their logits."""
+        """Train old heads by replayed examples and, where logits are kept, later ones by theirs."""
         heads = find_task_heads(model)
         if heads is not None:
-            heads.train_only(range(len(heads.sizes)))
+            heads.train_only(range(len(heads.sizes) if self.alpha else index + 1))
         self._width = outputs(model, index + 1)
         self.reservoir.to(next(model.parameters()).device)
 
@@ -102,6 +102,8 @@ class Replay(ContinualMethod):
                 raise UserError(f"method={self.name}: the loss compares {found}", hint="scenario.loss_over=seen")
             if len(self.reservoir):
                 total = total + self._rehearsal(model, batch, features, loss, glimpse)
+            elif self.alpha:  # the first batch trains no later head, and DDP waits for the gradient of each
+                total = total + 0.0 * all_logits(model, features).float().sum()
         kept = {"inputs": batch["inputs"], "labels": batch["labels"]}
         if self.alpha:
             with torch.no_grad():

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from subspace_lab.data.order import mix
 from subspace_lab.training import rng
 
 
@@ -16,10 +17,18 @@ class RunState(Callback):
     The generators are restored at the start of the first batch after a resume: whatever was drawn while the run was
     being rebuilt (a data loader's seed, say) is undone by then. Validation draws too (each new iterator takes a
     seed), so the state is put back after it: how often a run validates does not change how it trains.
+
+    Processes build the same model from the same seed and draw their own numbers from the first step on, or all would
+    drop the same units.
     """
 
     def __init__(self) -> None:
         self._to_restore: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give every process but the first its own generators, unless a checkpoint has them."""
+        if trainer.global_rank and self._to_restore is None:
+            rng.seed(mix(torch.initial_seed(), trainer.global_rank))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Put the generators back where the checkpoint, or the batch before the validation, had left them."""
@@ -51,8 +60,8 @@ class RunState(Callback):
         return {"rng": everyone}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep this process's state for the first batch; processes that are new start as rank 0 did."""
+        """Keep this process's state for the first batch; processes that are new seed themselves."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if distributed else 0
         states = state_dict["rng"]
-        self._to_restore = states[rank] if rank < len(states) else states[0]
+        self._to_restore = states[rank] if rank < len(states) else None
