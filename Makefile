@@ -13,7 +13,7 @@ WORKERS ?= 2
 PYTEST := PYTHONHASHSEED=0 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python
 
-.PHONY: help run install test test-slow lint format bench bench-gpu clean
+.PHONY: help run install test test-slow lint format slurm bench bench-gpu clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ lint: $(VENV)/.installed-dev ## formatting, lint and types, changing nothing
 format: $(VENV)/.installed-dev ## mend formatting and what lint can mend
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
+
+slurm: $(VENV)/.installed ## write the batch scripts in slurm/ anew, from the configuration
+	@$(BIN)/python scripts/slurm_templates.py
 
 bench: $(VENV)/.installed-bench ## CPU times: optimizers beside torch and galore-torch, projections, class subspaces, continual and federated learning
 	$(BIN)/python scripts/bench_continual.py $(ARGS)

@@ -10,31 +10,36 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import logging
 import os
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf
 
 from subspace_lab import catalog, interrupt, rundir, schema, sweeps
+from subspace_lab.cluster import launchers, ranks, requeue, settings
+from subspace_lab.composed import without_hydra
 from subspace_lab.errors import Interrupted, UserError, did_you_mean
 from subspace_lab.hydra_errors import CONFIG_ERRORS, explain, explain_null
-from subspace_lab.training.environment import quiet_lightning
+from subspace_lab.reporting.results import command_line
+from subspace_lab.sweeps.cell import run_cell, write_traceback
+from subspace_lab.sweeps.ending import conduct
+from subspace_lab.training.environment import is_main_process, quiet_lightning
 
-log = logging.getLogger(__name__)
 NO_CHOICE = ("subspace", "scenario", "federation", "experiment", "hparams_search", "debug")  # null in conf/config.yaml
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 # Cached, so that every use in a run and every job of a sweep sees one id.
 OmegaConf.register_new_resolver("run_id", rundir.run_id, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("slurm", lambda name, *, _root_: settings.launcher_value(name, _root_), replace=True)
+launchers.use_own_files()
 
 
 class Stop(BaseException):
@@ -62,9 +67,9 @@ def main(argv: Sequence[str]) -> int:
             overrides += extra
         # Lightning starts the other ranks of a run with this very command line.
         sys.argv = [sys.argv[0], *options.flags, *overrides]
+        if options.sweep_dir is not None:
+            return conduct(_sweep, options.sweep_dir)
         _hydra_main()
-        if not options.shows_only:
-            sweeps.tell(overrides)
     except Stop as stop:
         stopped = stop
     except CONFIG_ERRORS as error:
@@ -122,7 +127,7 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
     """
     with _initialized():
         cfg = _compose(list(overrides), multirun=False)
-    return _without_hydra(cfg)
+    return without_hydra(cfg)
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -153,6 +158,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     chosen = set(rest)
     options.flags = [word for word in argv if word not in chosen]
     options.shows_only = any(getattr(options, action.dest) for action in shows)
+    options.sweep_dir = None
     # `+experiment=x` is what other Hydra projects need; here every group is in the defaults list already.
     known_groups = tuple(f"+{group}=" for group in catalog.groups())
     return options, [word[1:] if word.startswith(known_groups) else word for word in rest]
@@ -171,12 +177,17 @@ def _prepare(options: argparse.Namespace, overrides: list[str]) -> list[str] | N
             overrides[:] = sweeps.deferred(overrides)
             cfg = _compose([*overrides, *searchpath], **choices)
         if cfg.hydra.mode == RunMode.MULTIRUN or options.multirun:
-            return sweeps.prepare(cfg, overrides, lambda single: _compose([*single, *searchpath], multirun=False))
-        job = _without_hydra(cfg)
-        extra = _choose_run_dir(job, overrides)
-        if extra is not None:
+            command = command_line([sys.argv[0], *options.flags, *overrides])
+            overrides += launchers.prepare(cfg, overrides)
+            options.sweep_dir, extra = sweeps.prepare(
+                cfg, overrides, command, lambda single: _compose([*single, *searchpath], multirun=False)
+            )
+            return extra
+        job = without_hydra(cfg)
+        chosen = ranks.agreed(lambda: _choose_run_dir(job, overrides))
+        if chosen is not None:
             schema.validate(job)
-        return extra
+        return chosen
 
 
 def _choose_run_dir(job: DictConfig, overrides: list[str]) -> list[str] | None:
@@ -187,22 +198,25 @@ def _choose_run_dir(job: DictConfig, overrides: list[str]) -> list[str] | None:
         rundir.check_free(planned)
         return []
     wanted = schema.config_hash(job)
-    found = rundir.newest(planned.parent, wanted) if job.resume == "auto" else None
+    again = job.resume == "auto" or (job.resume is None and ranks.under_torchrun() and rundir.restarts() > 0)
+    found = rundir.newest(planned.parent, wanted) if again else None
     if found is not None and found.completed:
-        print(f"already finished, nothing to do: {found.path}", file=sys.stderr)
+        _tell(f"already finished, nothing to do: {found.path}")
         return None
     if found is not None:
         rundir.check_free(found.path)
-        print(f"continuing {found.path}", file=sys.stderr)
+        _tell(f"continuing {found.path}")
         return [f"hydra.run.dir={sweeps.quote(str(found.path))}"]
-    if rundir.slurm_id() is None:
+    if rundir.slurm_id() is not None:  # a requeued job comes back with its id, to its folder
+        planned = rundir.unused(planned, wanted)
+    elif not ranks.under_torchrun():
         return []
-    # A requeued job comes back with its id: it goes on in its folder, asked to or not.
-    requeued = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0") and job.resume is None
-    return [
-        f"hydra.run.dir={sweeps.quote(str(rundir.unused(planned, wanted)))}",
-        *(["resume=auto"] if requeued else []),
-    ]
+    return [f"hydra.run.dir={sweeps.quote(str(planned))}"]
+
+
+def _tell(line: str) -> None:
+    if is_main_process():
+        print(line, file=sys.stderr)
 
 
 @hydra.main(config_path="pkg://subspace_lab.conf", config_name="config", version_base="1.3")
@@ -210,46 +224,56 @@ def _hydra_main(cfg: DictConfig) -> float | None:
     return task(cfg)
 
 
+def _sweep() -> None:
+    """Let Hydra run a sweep; what ended it comes out as itself."""
+    stopped: Stop | None = None
+    try:
+        _hydra_main()
+    except Stop as stop:
+        stopped = stop
+    if stopped is not None:
+        assert stopped.__cause__ is not None
+        raise stopped.__cause__
+
+
 def task(cfg: DictConfig) -> float | None:
     """Run one job inside Hydra: validate, lock the folder, train.
 
-    Under submitit this is the first of our code to run in the remote process.
+    Under submitit this is the first of our code to run in the remote process. In a sweep nothing but a signal gets out:
+    how a cell ended is read from its folder.
     """
     interrupt.install()
     hydra_cfg = HydraConfig.get()
     output_dir = Path(hydra_cfg.runtime.output_dir)
-    in_sweep = hydra_cfg.mode == RunMode.MULTIRUN
     try:
-        quiet_lightning()  # before anything warns: importing some optimizers does
-        schema.validate(cfg)
-        if in_sweep:
-            sweeps.refuse_local_ddp(cfg, hydra_cfg)
-        from subspace_lab.run import run
-
-        with rundir.locked(output_dir):
-            value = run(cfg)
-        if cfg.estimate and not in_sweep:
+        if hydra_cfg.mode == RunMode.MULTIRUN:
+            return run_cell(cfg, hydra_cfg, output_dir, lambda: _work(cfg, output_dir, hydra_cfg))
+        value = _work(cfg, output_dir)
+        if cfg.estimate:
             rundir.discard_unstarted(output_dir)
         return value
     except Interrupted as stopped:
-        interrupt.chain()
+        interrupt.chain()  # where submitit started us, this ends here
+        requeue.after_saving(interrupt.requested(), settings.ClusterPlan.of(cfg))
         raise Stop from stopped
     except Exception as error:
-        if isinstance(error, UserError) and not in_sweep and rundir.discard_unstarted(output_dir):
-            raise Stop from error
-        _write_traceback(output_dir, error)
-        if not in_sweep:
-            raise Stop from error
-        # Hydra goes on with the sweep's other jobs and raises this at the end.
-        log.error("%s: %s", output_dir, error)
-        raise
+        if not (isinstance(error, UserError) and rundir.discard_unstarted(output_dir)):
+            write_traceback(output_dir, error)
+        raise Stop from error
 
 
-def _write_traceback(output_dir: Path, error: Exception) -> None:
-    with contextlib.suppress(OSError), open(output_dir / "run.log", "a", encoding="utf-8") as file:
-        file.write("".join(traceback.format_exception(error)))
-    if not hasattr(error, "log_path"):
-        error.log_path = output_dir / "run.log"  # type: ignore[attr-defined]
+def _work(cfg: DictConfig, output_dir: Path, sweep: Any = None) -> float | None:
+    quiet_lightning()  # before anything warns: importing some optimizers does
+    if cfg.resume is None and rundir.restarts():
+        cfg.resume = "auto"  # asked to or not
+    schema.validate(cfg)
+    ranks.check(cfg)
+    if sweep is not None:
+        sweeps.refuse_local_ddp(cfg, sweep)
+    from subspace_lab.run import run
+
+    with rundir.locked(output_dir):
+        return run(cfg)
 
 
 @contextlib.contextmanager
@@ -271,30 +295,3 @@ def _compose(overrides: list[str], *, multirun: bool, config_name: str = "config
         with_log_configuration=False,
         validate_sweep_overrides=not multirun,
     )
-
-
-@contextlib.contextmanager
-def _hydra_config(cfg: DictConfig) -> Iterator[None]:
-    """Let `${hydra:…}` mean `cfg.hydra` for a while."""
-    holder = HydraConfig.instance()
-    before = holder.cfg
-    holder.set_config(cfg)
-    try:
-        yield
-    finally:
-        holder.cfg = before
-
-
-def _without_hydra(cfg: DictConfig) -> DictConfig:
-    """Return a job's part of a composed configuration, with the values that need `${hydra:…}` put in."""
-    in_job = HydraConfig.initialized()
-    with _hydra_config(cfg):
-        name = schema.read(cfg, "name", "")
-        run_dir = schema.read(cfg.hydra.run, "dir", "hydra.run")
-    job = cfg.copy()
-    with read_write(job), open_dict(job):
-        del job["hydra"]
-        job.name = name
-        if not in_job:
-            job.paths.output_dir = str(Path(run_dir).absolute())
-    return job

@@ -25,6 +25,7 @@ PLURALS = {
     "datasets": "data",
     "trainers": "trainer",
     "loggers": "logger",
+    "clusters": "cluster",
     "protocols": "protocol",
     "scenarios": "scenario",
     "federations": "federation",
@@ -44,6 +45,7 @@ MAIN_GROUPS = (
     "protocol",
     "trainer",
     "logger",
+    "cluster",
     "experiment",
 )
 

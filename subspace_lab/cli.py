@@ -30,9 +30,10 @@ Subspace Lab: train inside a subspace.
 Commands
   list [GROUP]              what there is to choose, with the papers (groups: {groups})
   resume RUN_DIR [KEY=VALUE …]   continue a run; or give the first command again with resume=auto
-  report DIR … [--markdown] compare finished runs
+  report DIR … [--markdown] [--csv FILE] [--metric NAME] [--baseline KEY=VALUE]   compare runs; plots of a sweep
   rebuild FILE [--output DIR]    make the whole model again from a solution.safetensors, a .sid file or a run folder
   compress RUN_DIR [--bits 3,4,5] [--finetune EPOCHS]   code a subspace run in a few hundred bytes, with an error bound
+  sbatch [-m] [KEY=VALUE …] print the SLURM batch script of that run or sweep:  subspace-lab sbatch … | sbatch
   doctor                    check torch, CUDA, data, SLURM, W&B, and say how to mend what is broken
   completion bash|zsh|fish  print the completion script:  source <(subspace-lab completion bash)
 
@@ -130,13 +131,9 @@ def _resume(words: list[str]) -> int:
 
 
 def _report(words: list[str]) -> int:
-    markdown = "--markdown" in words
-    words = [word for word in words if word != "--markdown"]
-    if not words:
-        raise UserError("report needs the folders of one or more runs", hint="subspace-lab report outputs/*")
-    from subspace_lab.reporting.report import main as report
+    from subspace_lab.reporting.command import main as report
 
-    return report(words, markdown=markdown)
+    return report(words)
 
 
 def _rebuild(words: list[str]) -> int:
@@ -149,6 +146,12 @@ def _compress(words: list[str]) -> int:
     from subspace_lab.compression.commands import compress
 
     return compress(words)
+
+
+def _sbatch(words: list[str]) -> int:
+    from subspace_lab.cluster.commands import main as sbatch
+
+    return sbatch(words)
 
 
 def _doctor(words: list[str]) -> int:
@@ -196,6 +199,7 @@ def _complete(words: list[str]) -> int:
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "list": _list,
+    "sbatch": _sbatch,
     "doctor": _doctor,
     "resume": _resume,
     "report": _report,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from subspace_lab import catalog
 from subspace_lab.errors import UserError, did_you_mean
 
-COMMANDS = ("list", "doctor", "resume", "report", "rebuild", "compress", "completion")
+COMMANDS = ("list", "doctor", "sbatch", "resume", "report", "rebuild", "compress", "completion")
 FLAGS = ("--help", "--version", "--debug", "--multirun", "--cfg", "--resolve", "--config-dir", "--hydra-help")
 COMMAND_FLAGS = {
     "rebuild": ("--output", "--device", "--theta0"),

@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib
 import netrc
 import os
+import re
 import shutil
 import socket
+import subprocess
 import sys
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -119,9 +121,18 @@ def libraries() -> Iterator[Check]:
     """What the runs import: the first three always, the others when chosen."""
     for name in ("lightning", "hydra", "omegaconf"):
         yield _library(name, "fail")
-    for name in ("transformers", "datasets", "tokenizers", "sentencepiece", "safetensors", "sklearn", "matplotlib"):
+    for name in (
+        "transformers",
+        "datasets",
+        "tokenizers",
+        "sentencepiece",
+        "safetensors",
+        "sklearn",
+        "matplotlib",
+        "submitit",
+    ):
         yield _library(name, "warn")
-    optional = (("bitsandbytes", "quant"), ("submitit", "slurm"), ("flwr", "flower"))
+    optional = (("bitsandbytes", "quant"), ("flwr", "flower"))
     for name, extra in (("timm", "vision"), ("torchao", "quant"), *optional):
         if util.find_spec(name) is None:
             yield Check(name, "ok", f"not installed; optional: pip install 'subspace-lab[{extra}]'")
@@ -194,19 +205,35 @@ def data() -> Iterator[Check]:
 
 
 def slurm() -> Iterator[Check]:
-    """SLURM's commands, and whether sweeps can submit to it."""
-    missing = [name for name in ("sbatch", "srun", "squeue") if shutil.which(name) is None]
-    if len(missing) == 3:
+    """SLURM: its commands, whether it answers and with which partitions, and what a preempted job is told."""
+    missing = [name for name in ("sbatch", "srun", "scontrol", "sinfo") if shutil.which(name) is None]
+    if len(missing) == 4:
         yield Check("slurm", "ok", "not on this machine")
-    elif missing:
+        return
+    if missing:
         yield Check("slurm", "warn", f"missing: {', '.join(missing)}", "load your site's SLURM module")
-    elif util.find_spec("hydra_plugins") is None or util.find_spec("hydra_plugins.hydra_submitit_launcher") is None:
-        yield Check("slurm", "warn", "found, but sweeps cannot submit to it", "pip install 'subspace-lab[slurm]'")
-    else:
-        yield Check("slurm", "ok", "found, with hydra/launcher=submitit_slurm")
+        return
+    partitions = _output("sinfo", "-h", "-o", "%P: %D nodes, %G, %l")
+    if partitions is None:
+        yield Check("slurm", "warn", "installed, but the controller does not answer", "sinfo says why")
+        return
+    shown = "; ".join(line.strip() for line in partitions.splitlines()[:6])
+    yield Check("slurm", "ok", f"{shown or 'no partition'} (subspace-lab sbatch, hydra/launcher=submitit_slurm)")
+    settings = _output("scontrol", "show", "config") or ""
+    if "PreemptMode" in settings and not re.search(r"PreemptMode\s*=\s*OFF", settings):
+        told = "SIGUSR2" if "preempt_send_user_signal" in settings else "SIGTERM, where the partition has a GraceTime"
+        yield Check("preemption", "ok", f"a preempted job is told by {told}")
 
 
 CHECKS: tuple[Callable[[], Iterator[Check]], ...] = (python, torch, torchvision, libraries, wandb, data, slurm)
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
 
 
 def _library(name: str, verdict: Verdict) -> Check:

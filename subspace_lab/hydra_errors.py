@@ -15,6 +15,8 @@ from subspace_lab.schema import unknown_key
 from subspace_lab.signatures import locate, schema_of
 
 Compose = Callable[[list[str]], DictConfig]
+# What other packages bring, with the extra that installs them.
+_PLUGINS = {"hydra/sweeper/optuna": "optuna"}
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
 
 
@@ -71,6 +73,11 @@ def _missing_option(error: MissingConfigException, overrides: Sequence[str]) -> 
     missing = str(error.missing_cfg_file or "").removesuffix(".yaml")
     group, _, name = missing.rpartition("/")
     options = [option for option in error.options or () if not option.endswith("_schema")]
+    if missing in _PLUGINS:
+        return UserError(
+            f"{group}={name} needs a plugin that is not installed",
+            hint=f"pip install 'subspace-lab[{_PLUGINS[missing]}]'",
+        )
     if not group:
         return UserError(
             f"no configuration file named '{missing}'", hint="--config-name takes a file of the search path"

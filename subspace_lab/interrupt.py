@@ -81,9 +81,15 @@ def _handle(signum: int, frame: FrameType | None) -> None:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         return
-    again = request.signal == signal.SIGINT
+    before = request.signal
     request.signal = signum
-    if signum == signal.SIGINT and (again or not request.armed):
+    if signum == signal.SIGINT and (before == signal.SIGINT or not request.armed):
         raise KeyboardInterrupt
-    if signum == signal.SIGTERM and not request.armed:
+    # Of several ranks none leaves the others waiting; and what is being saved after a first signal is not cut short.
+    if signum == signal.SIGTERM and not request.armed and before is None and not _has_other_ranks():
         raise Interrupted("terminated by SIGTERM before training had begun; nothing to save")
+
+
+def _has_other_ranks() -> bool:
+    counts = [os.environ.get("WORLD_SIZE"), os.environ.get("SLURM_NTASKS") if "SLURM_STEP_ID" in os.environ else None]
+    return any(count not in (None, "", "1") for count in counts)

@@ -46,6 +46,12 @@ def slurm_id() -> str | None:
     return os.environ.get("SLURM_JOB_ID") or None
 
 
+def restarts() -> int:
+    """Return how often SLURM has requeued this job, or torchrun started these ranks again."""
+    counts = (os.environ.get(name) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    return max(int(count or 0) for count in counts)
+
+
 def run_id() -> str:
     """Return the SLURM job's id if there is one, else the local time to the microsecond."""
     return slurm_id() or datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")

@@ -71,6 +71,7 @@ class Root:
     callbacks: Node
     logger: Node
     paths: Node
+    cluster: Node
 
 
 def validate(cfg: DictConfig) -> None:
@@ -175,8 +176,8 @@ def to_plain(cfg: Any, prefix: str = "") -> Any:
 def config_hash(cfg: DictConfig) -> str:
     """Return 16 hexadecimal digits that name what a configuration computes, wherever and whenever it runs.
 
-    `resume`, `hydra` and `paths` do not count, nor does a value that mentions the run folder. The caller sees to it
-    that `name` resolves (inside a Hydra job it does; `compose_config` has put its value in).
+    `resume`, `hydra`, `paths` and `cluster` do not count, nor does a value that mentions the run folder. The caller
+    sees to it that `name` resolves (inside a Hydra job it does; `compose_config` has put its value in).
     """
     counted = deepcopy(cfg)
     with read_write(counted), open_dict(counted):
@@ -185,7 +186,7 @@ def config_hash(cfg: DictConfig) -> str:
     plain = {
         str(key): to_plain(read(counted, str(key), ""), str(key))
         for key in counted
-        if key not in ("resume", "hydra", "paths")
+        if key not in ("resume", "hydra", "paths", "cluster")
     }
     text = json.dumps(plain, sort_keys=True, default=str, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
 
 from subspace_lab import build
 
@@ -68,6 +67,7 @@ def crew(
         resume_dir: the folder that `subspace-lab resume` would be given.
         more: a protocol's own, which see a step before it is saved.
     """
+    from subspace_lab.training.callbacks.buffers import SharedBuffers
     from subspace_lab.training.callbacks.checkpointing import Checkpointing
     from subspace_lab.training.callbacks.interrupt import InterruptWatch
     from subspace_lab.training.callbacks.method import MethodDriver
@@ -80,6 +80,8 @@ def crew(
     checkpointing = Checkpointing(run_dir, plan.checkpoint_every, timing)
     callbacks: list[Any] = [RunState(), timing, driver, *more]
     callbacks += [build.instantiate(node) for node in (cfg.get("callbacks") or {}).values() if node is not None]
+    if plan.world_size > 1:
+        callbacks.append(SharedBuffers())
     progress = ProgressDisplay(driver, label, bar=plan.wants_bar()) if plan.progress != "off" else None
     if progress is not None:
         callbacks.append(progress)
@@ -114,8 +116,7 @@ def close_loggers(loggers: Sequence[Any]) -> None:
 
 def make_loggers(cfg: DictConfig, run_dir: Path, method: Method) -> list[Any]:
     """The loggers of the `logger` group, told what is being run."""
-    plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    loggers: list[Any] = build.instantiate(cfg.logger).create(
-        run_dir, name=str(cfg.name), method=method.name, tags=list(cfg.tags), config=plain
-    )
+    from subspace_lab.training.wandb_about import identity
+
+    loggers: list[Any] = build.instantiate(cfg.logger).create(run_dir, identity(cfg, run_dir, method.name))
     return loggers

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from subspace_lab.cluster.settings import for_submitit
 from subspace_lab.errors import Interrupted, UserError
 from subspace_lab.protocols.outcome import Outcome
 from subspace_lab.search import executors
@@ -46,7 +47,7 @@ class DimensionSearch:
         continuation: cold starts every run at z = 0; warm at the solution of the next smaller d.
         launcher: local: one run after another; joblib: in worker processes; slurm: a job each.
         workers: runs at the same time, unless local.
-        slurm: parameters of submitit's AutoExecutor, e.g. slurm_partition, timeout_min; null leaves one unset.
+        slurm: parameters of submitit's AutoExecutor, e.g. slurm_partition, timeout_min; null is what `cluster` says.
         cell: the node of the protocol that trains a single cell; null is `fit`.
 
     Raises:
@@ -127,7 +128,8 @@ class DimensionSearch:
         from subspace_lab.training import environment
 
         factory = CellFactory(cfg, protocol=self.cell, resume_dir=resume_dir)
-        executor = executors.create(self.launcher, workers=self.workers, slurm=self.slurm, run_dir=run_dir)
+        slurm = for_submitit(cfg, self.slurm) if self.launcher == "slurm" else {}
+        executor = executors.create(self.launcher, workers=self.workers, slurm=slurm, run_dir=run_dir)
         display = Display(self.metric, parallel=executor.parallel, silent=not environment.is_main_process())
         search = Search(self._plan(int(cfg.seed)), factory, executor, display)
         try:

@@ -82,7 +82,7 @@ def settings_of(overrides: Sequence[str]) -> Settings:
     for text in overrides:
         key, _, value = text.lstrip("+").partition("=")
         if key.split(".", 1)[0].split("/", 1)[0] not in _ASIDE and key not in (*_ASIDE_KEYS, *_OUTCOME):
-            found[key] = _plain(value)
+            found[key] = plain(value)
     return tuple(sorted(found.items()))
 
 
@@ -104,9 +104,27 @@ def _word(key: str, value: str) -> str:
     return f"{key}={value}" if value else key
 
 
-def _plain(value: str) -> str:
+def plain(value: str) -> str:
+    """Return a value as it is compared: numbers alike however they are written, no spaces."""
     text = value.replace(" ", "")
     try:
         return f"{float(text):.12g}"
     except ValueError:
         return text
+
+
+def words(groups: Sequence[Group]) -> dict[Group, str]:
+    """Return for each group the overrides that make it, where not all groups agree: `method=galore optimizer.lr=0.1`.
+
+    What all groups share is left out, unless there is one group alone: that is called by its method.
+    """
+    typed = {group: dict(group.settings) for group in groups}
+    columns = [i for i in range(4) if len({group.columns[i] for group in groups}) > 1]
+    keys = sorted({key for settings in typed.values() for key in settings})
+    keys = [key for key in keys if len({settings.get(key) for settings in typed.values()}) > 1]
+    told = {}
+    for group in groups:
+        parts = [f"{COLUMNS[i]}={group.columns[i]}" for i in columns]
+        parts += [_word(key, typed[group][key]) for key in keys if key in typed[group]]
+        told[group] = " ".join(parts) or f"method={group.columns[0]}"
+    return told

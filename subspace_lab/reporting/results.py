@@ -85,6 +85,30 @@ def find(paths: Iterable[Path]) -> list[tuple[Path, Results]]:
     return runs
 
 
+def write_csv(target: Path, runs: Sequence[tuple[Path, Results]]) -> None:
+    """Write one line per run: folder, how it ended, seed, the options chosen, what was typed, and every figure.
+
+    Args:
+        target: the file; its folder is made.
+        runs: (run folder, results).
+    """
+    import csv
+
+    rows = []
+    for folder, found in runs:
+        row = {"folder": str(folder), "status": found["status"], "seed": found.get("seed")}
+        row |= {group: found.get("choices", {}).get(group) for group in ("method", "optimizer", "model", "data")}
+        typed = (text.lstrip("+").partition("=") for text in found.get("overrides") or ())
+        row |= {key: value for key, _, value in typed if key not in row}
+        rows.append(row | {"steps": found.get("timing", {}).get("steps"), **found["metrics"]})
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def command_line(argv: Sequence[str]) -> str:
     """Return the command as it can be typed again."""
     import shlex

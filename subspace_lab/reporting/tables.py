@@ -8,13 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from subspace_lab.reporting import grouping
+from subspace_lab.reporting import grouping, scores
 from subspace_lab.reporting.results import Results
+from subspace_lab.reporting.scores import Score
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 Kind = str
+Groups = Mapping[grouping.Group, Sequence[Results]]
 
 # (metric, label, how to write it), in the order of the rows of a comparison.
 ROWS: tuple[tuple[str, str, Kind], ...] = (
@@ -105,7 +107,11 @@ def comparison(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
     return table
 
 
-def summary(runs: Sequence[tuple[Path, Results]], shown: Sequence[tuple[str, str, Kind]] | None = None) -> Table:
+def summary(
+    runs: Sequence[tuple[Path, Results]],
+    shown: Sequence[tuple[str, str, Kind]] | None = None,
+    score: Score | None = None,
+) -> Table:
     """Return a table of runs grouped by everything but the seed: mean ± sample sd over seeds, best first.
 
     The best (lowest validation perplexity, or highest accuracy) is marked among runs of the same task. A column says in
@@ -114,6 +120,7 @@ def summary(runs: Sequence[tuple[Path, Results]], shown: Sequence[tuple[str, str
     Args:
         runs: (run folder, results).
         shown: the rows of `rows_of` to show, None for all.
+        score: the figure that the best is best in; chosen by what the runs of a task have if None.
     """
     from rich import box
     from rich.table import Table
@@ -134,31 +141,37 @@ def summary(runs: Sequence[tuple[Path, Results]], shown: Sequence[tuple[str, str
     table.add_column("seeds", justify="right")
     for _, label, _ in shown:
         table.add_column(label, justify="right")
-    best: dict[grouping.Key, tuple[float, grouping.Group]] = {}
-    for group, members in groups.items():
-        score = _score(members)
-        if score is not None and (group.task not in best or score < best[group.task][0]):
-            best[group.task] = (score, group)
-    winners = {group for _, group in best.values()}
-    scores = {group: math.inf if (found := _score(members)) is None else found for group, members in groups.items()}
+    ranks: dict[grouping.Group, float] = {}
+    winners: set[grouping.Group] = set()
+    for mine in by_task(groups).values():
+        used = score or scores.choose([run for members in mine.values() for run in members])
+        ranks |= {group: used.rank(members) if used else math.inf for group, members in mine.items()}
+        winners |= {group for group in (used and best(mine, used),) if group}
     leading = dict(zip(groups, zip(*head.values(), strict=True), strict=True))
-    for group in sorted(groups, key=lambda g: (g.task, scores[g])):
+    for group in sorted(groups, key=lambda g: (g.task, ranks[g])):
         members = groups[group]
-        cells = [_mean_sd([m["metrics"].get(metric) for m in members], kind) for metric, _, kind in shown]
+        cells = [mean_sd([m["metrics"].get(metric) for m in members], kind) for metric, _, kind in shown]
         style = "bold" if group in winners and len(groups) > 1 else None
         table.add_row(*leading[group], str(len({m.get("seed") for m in members})), *cells, style=style)
     return table
 
 
-def _score(members: Sequence[Results]) -> float | None:
-    for metric, sign in (("val/perplexity", 1.0), ("val/accuracy", -1.0), ("final_accuracy", -1.0)):
-        values = [m["metrics"][metric] for m in members if isinstance(m["metrics"].get(metric), (int, float))]
-        if values:
-            return sign * statistics.fmean(values)
-    return None
+def by_task(groups: Groups) -> dict[grouping.Key, Groups]:
+    """Return the groups of each task, whose figures may be compared."""
+    tasks: dict[grouping.Key, dict[grouping.Group, Sequence[Results]]] = {}
+    for group, members in groups.items():
+        tasks.setdefault(group.task, {})[group] = members
+    return dict(tasks)
 
 
-def _mean_sd(values: Sequence[Any], kind: Kind) -> str:
+def best(groups: Groups, score: Score) -> grouping.Group | None:
+    """Return the group with the best mean; None if no group has the figure."""
+    leader = min(groups, key=lambda group: score.rank(groups[group]))
+    return leader if score.rank(groups[leader]) < math.inf else None
+
+
+def mean_sd(values: Sequence[Any], kind: Kind) -> str:
+    """Return mean ± sample sd of the numbers among some values; an em dash where there is none."""
     numbers = [float(v) for v in values if isinstance(v, (int, float))]
     if not numbers:
         return "—"

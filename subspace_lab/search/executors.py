@@ -156,13 +156,14 @@ class Slurm:
             import submitit
         except ModuleNotFoundError:
             raise UserError(
-                "protocol.launcher=slurm needs the package 'submitit'", hint="pip install 'subspace-lab[slurm]'"
+                "protocol.launcher=slurm needs the package 'submitit'", hint="pip install submitit"
             ) from None
         self.parallel = parallel
         given = {name: value for name, value in settings.items() if value is not None}
         cluster = given.pop("cluster", "slurm")
+        at_start = {name: given.pop(name) for name in ("slurm_max_num_timeout",) if name in given}
         try:
-            self._executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+            self._executor = submitit.AutoExecutor(folder=folder, cluster=cluster, **at_start)
             self._executor.update_parameters(name="subspace-lab", slurm_array_parallelism=parallel, **given)
         except Exception as error:  # submitit raises bare RuntimeError, TypeError and NameError
             raise UserError(f"protocol.launcher=slurm: {' '.join(str(error).split())}") from error

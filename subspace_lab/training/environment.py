@@ -112,11 +112,13 @@ def _not_about_enums(record: logging.LogRecord) -> bool:
 
 
 def slurm_plugin() -> Any | None:
-    """Return Lightning's SLURM environment without its requeueing handler, or None outside a SLURM batch job.
+    """Return Lightning's SLURM environment without its requeueing handler, or None if SLURM did not start this process.
 
     That handler saves from inside a signal handler and can hang with several ranks (Lightning issue 21406); our own
-    flag is looked at between steps instead.
+    flag is looked at between steps instead. Nor is it for torchrun's ranks, inside a SLURM job or not.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return None
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
     return SLURMEnvironment(auto_requeue=False) if SLURMEnvironment.detect() else None

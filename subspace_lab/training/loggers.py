@@ -5,13 +5,15 @@ Only the standard library is imported here; Lightning and wandb come in when a l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
+
+    from subspace_lab.training.wandb_about import RunIdentity
 
 
 @dataclass
@@ -23,9 +25,9 @@ class Loggers:
         wandb: log to Weights & Biases; offline without an API key, and WANDB_MODE is respected.
         project: W&B project.
         entity: W&B team or user; null is the account's default.
-        group: W&B group; null is the run's `name`.
+        group: W&B group; null is the sweep, or the run's `name`.
         job_type: W&B job type; null is the method.
-        tags: W&B tags beside the run's own.
+        tags: W&B tags beside the run's own: method, model, data, optimizer, protocol and its `tags`.
     """
 
     csv: bool = True
@@ -36,17 +38,12 @@ class Loggers:
     job_type: str | None = None
     tags: Sequence[str] = ()
 
-    def create(
-        self, run_dir: Path, *, name: str, method: str, tags: Sequence[str], config: Mapping[str, Any]
-    ) -> list[Logger]:
+    def create(self, run_dir: Path, about: RunIdentity) -> list[Logger]:
         """Return the loggers of one run; on other ranks than the first they write nothing.
 
         Args:
             run_dir: the run folder, which also keeps the W&B run id for a resume.
-            name: the run's `name`.
-            method: the method's name.
-            tags: the run's tags.
-            config: the resolved configuration as plain containers.
+            about: how the run is to be found.
         """
         from subspace_lab.training.csv_logger import RunCSVLogger
         from subspace_lab.training.environment import is_main_process
@@ -58,10 +55,10 @@ class Loggers:
             settings = {
                 "project": self.project,
                 "entity": self.entity,
-                "group": self.group or name,
-                "job_type": self.job_type or method,
-                "tags": [*tags, *self.tags],
-                "config": dict(config),
+                "group": self.group or about.group,
+                "job_type": self.job_type or about.method,
+                "tags": list(dict.fromkeys([*about.tags, *self.tags])),
+                "config": dict(about.config),
             }
-            loggers.append(WandbRunLogger(run_dir, settings))
+            loggers.append(WandbRunLogger(run_dir, settings, announce=not about.in_sweep))
         return loggers

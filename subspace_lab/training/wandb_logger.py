@@ -1,14 +1,9 @@
-"""Weights & Biases, which may be unreachable, misconfigured or slow, and must never stop a run for it."""
+"""Weights & Biases, which may be unreachable, misconfigured, slow or gone halfway, and must never stop a run for it."""
 
 from __future__ import annotations
 
-import contextlib
-import netrc
 import os
-import socket
 import sys
-import urllib.parse
-import urllib.request
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,56 +11,51 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
+from subspace_lab.training import wandb_server
+
 _ID_FILE = "wandb_id"
+# Seconds: for a server that answers and then does nothing; for what is left to be sent at the end, once by the run and
+# once by wandb's own process. What is not sent stays on the disk.
+_INIT_TIMEOUT = 10.0
+_FINISH_TIMEOUT = 10.0
 
 
 class WandbRunLogger(Logger):
     """Logs rows to W&B by optimizer step.
 
-    The run's id is kept in the run folder, so that a resumed run goes on in the same W&B run. Without WANDB_MODE and
-    without an API key it works offline and says so. After a first failure it says so in one line and logs no more.
+    The run's id is kept in the run folder, so that a resumed run goes on in the same W&B run. Without an API key or
+    with a server that does not answer it works offline and says so. After a first failure it says so in one line and
+    logs no more.
 
     Args:
         run_dir: the run folder.
         settings: arguments of wandb.init.
+        announce: whether to say that there is no key; a sweep says it once for all its cells.
     """
 
-    def __init__(self, run_dir: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, run_dir: Path, settings: Mapping[str, Any], *, announce: bool = True) -> None:
         super().__init__()
         self._run: Any = None
-        self._guard(lambda: self._start(run_dir, settings))
+        self._guard(lambda: self._start(run_dir, settings, announce))
 
-    def _start(self, run_dir: Path, settings: Mapping[str, Any]) -> None:
-        import wandb
-
+    def _start(self, run_dir: Path, settings: Mapping[str, Any], announce: bool) -> None:
         id_file = run_dir / _ID_FILE
         run_id = id_file.read_text().strip() if id_file.is_file() else uuid.uuid4().hex[:8]
-        if not os.environ.get("WANDB_MODE"):
-            os.environ.pop("WANDB_MODE", None)  # empty: wandb would refuse it
-        mode: Any = os.environ.get("WANDB_MODE")
-        server = os.environ.get("WANDB_BASE_URL") or str(wandb.Settings().base_url)
-        # Looked at before wandb.init, which would try for a minute and then keep nothing.
-        obstacle = None
-        if mode is None and not _has_key(server):
-            obstacle = "no API key"
-        elif mode in (None, "online") and not _reachable(server):
-            obstacle = f"{server} does not answer"
+        mode, server = wandb_server.wanted_mode(), wandb_server.address()
+        obstacle = wandb_server.obstacle(server) if mode in (None, "online") else None
         if obstacle is not None:
             mode = "offline"
-            print(
-                f"wandb: {obstacle}, logging offline; upload later with: wandb sync {run_dir}/wandb/offline-*",
-                file=sys.stderr,
-            )
-        # `reinit`: a compared baseline in the same process is a run of its own. No console capture, no prompts.
-        self._run = wandb.init(
-            **settings,
-            id=run_id,
-            resume="allow",
-            dir=str(run_dir),
-            mode=mode,
-            reinit="create_new",
-            settings=wandb.Settings(console="off", silent=True, init_timeout=60),
-        )
+            if announce or obstacle != wandb_server.NO_KEY:
+                wandb_server.tell_offline(obstacle, run_dir)
+        arguments = {**settings, "id": run_id, "resume": "allow", "dir": str(run_dir.absolute())}
+        try:
+            self._run = _init(arguments, mode)
+        except Exception as error:
+            if mode not in (None, "online"):
+                raise
+            wandb_server.give_up(server, f"{server} does not work")
+            wandb_server.tell_offline(_first_line(error), run_dir)
+            self._run = _init(arguments, "offline")
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         id_file.write_text(run_id + "\n")
@@ -115,28 +105,18 @@ class WandbRunLogger(Logger):
             action()
         except Exception as error:
             self._run = None
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            print(f"wandb: {reason}; the run goes on without it", file=sys.stderr)
+            print(f"wandb: {_first_line(error)}; the run goes on without it", file=sys.stderr)
 
 
-def _reachable(server: str) -> bool:
-    """Return whether something listens at the server's address, or a proxy stands in between."""
-    parts = urllib.parse.urlsplit(server)
-    if parts.scheme in urllib.request.getproxies():
-        return True
-    try:
-        port = parts.port or (80 if parts.scheme == "http" else 443)
-        socket.create_connection((parts.hostname or "", port), timeout=5).close()
-    except OSError:
-        return False
-    return True
+def _init(arguments: Mapping[str, Any], mode: str | None) -> Any:
+    """Start a W&B run: a compared baseline in the same process is one of its own; no console capture, no prompts."""
+    import wandb
+
+    os.environ.setdefault("WANDB_SILENT", "true")  # read before the settings below are
+    settings = wandb.Settings(console="off", silent=True, init_timeout=_INIT_TIMEOUT, finish_timeout=_FINISH_TIMEOUT)
+    chosen: Any = mode
+    return wandb.init(**arguments, mode=chosen, reinit="create_new", settings=settings)
 
 
-def _has_key(server: str) -> bool:
-    """Return whether `wandb login` or WANDB_API_KEY has left a key, without asking the network or the user."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urllib.parse.urlsplit(server).hostname or ""
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    return False
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

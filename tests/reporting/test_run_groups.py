@@ -167,8 +167,8 @@ def test_narrow_terminals_get_several_tables(tmp_path: Path, monkeypatch: pytest
         monkeypatch.setattr("rich.console.Console", terminal)
         assert report.main([tmp_path]) == 0
     lines = (tmp_path / "out").read_text().splitlines()
-    heads = [line for line in lines if "method" in line]
-    assert len(heads) == 3 and all("settings" in line and "seeds" in line for line in heads)
+    heads = [line for line in lines if "settings" in line]
+    assert len(heads) == 3 and all("method" in line and "seeds" in line for line in heads)
     labels = ("test accuracy", "probe accuracy", "intra-class angle, °")
     assert [label for line in heads for label in labels if label in line] == list(labels), "none is cut or wrapped"
 
@@ -179,6 +179,10 @@ def test_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs(tmp_path)
     assert main(["report", str(tmp_path), "--markdown"]) == 0
     first, blank, *lines = capsys.readouterr().out.splitlines()
+    end = lines.index("")
+    assert [line.count("|") for line in lines[end + 3 : -1]] == [7] * 5, "differences from softmax"
+    assert lines[-1].startswith("best test/accuracy: method=gcr method.k=16, ")
+    lines = lines[:end]
     assert first == "optimizer sgd, model mlp, data digits, steps 60, status completed" and not blank
     assert all(line.startswith("|") and line.endswith("|") for line in lines) and len(lines) == 2 + 4
     assert set(lines[1]) <= set("|-: ") and len({line.count("|") for line in lines}) == 1

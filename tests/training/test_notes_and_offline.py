@@ -1,4 +1,4 @@
-"""What the console shows of our own warnings, and W&B when its server does not answer."""
+"""What the console shows of our own warnings, and folders without a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 from subspace_lab.errors import UserError
 from subspace_lab.protocols.fit import find_checkpoint
 from subspace_lab.training import environment
-from subspace_lab.training.wandb_logger import _reachable
 
 
 def test_our_own_warnings_are_plain_notes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -21,14 +20,6 @@ def test_our_own_warnings_are_plain_notes(monkeypatch: pytest.MonkeyPatch, capsy
     captured = capsys.readouterr()
     assert captured.err == "note: rank 9 is more than 4\n"
     assert captured.out == "as python shows it\n"
-
-
-def test_a_server_that_does_not_answer_is_found_out_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    assert not _reachable("http://127.0.0.1:9")
-    monkeypatch.setenv("http_proxy", "http://proxy:3128")
-    assert _reachable("http://127.0.0.1:9")
 
 
 def test_a_named_folder_without_a_readable_checkpoint_is_refused(tmp_path: Path) -> None:
