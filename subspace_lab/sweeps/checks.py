@@ -83,12 +83,10 @@ def refuse_local_ddp(cfg: DictConfig, hydra_cfg: Any) -> None:
     launcher = str(OmegaConf.select(hydra_cfg, "launcher._target_", default=""))
     strategy = str(OmegaConf.select(cfg, "trainer.strategy", default="auto", throw_on_missing=False))
     devices = OmegaConf.select(cfg, "trainer.devices", default="auto", throw_on_missing=False)
-    starts_ranks = strategy.startswith(("ddp", "fsdp", "deepspeed")) and not strategy.endswith(
-        ("_spawn", "_fork", "_notebook")
-    )
-    if not starts_ranks or devices in (1, "1") or not any(name in launcher for name in LOCAL_LAUNCHERS):
+    one = devices in (1, "1") or (devices == "auto" and strategy == "auto")
+    if one or not any(name in launcher for name in LOCAL_LAUNCHERS):
         return
     raise UserError(
-        f"trainer.strategy={strategy} cannot run in a local sweep: every rank would repeat the whole sweep",
+        "a run of several processes cannot be part of a local sweep: every process would repeat the whole sweep",
         hint="add hydra/launcher=submitit_slurm, which starts the ranks itself, or sweep with trainer.devices=1",
     )

@@ -55,7 +55,7 @@ def _folder(cfg: DictConfig, overrides: list[str], lines: list[str], swept: Mapp
     if typed:
         return Path(str(cfg.hydra.sweep.dir)).absolute()
     group = Path(str(cfg.paths.output_root)).absolute() / group_name(cfg, swept) / "sweeps"
-    counted = sorted(line for line in lines if not line.startswith(("resume=", "hydra.", "hydra/")))
+    counted = sorted(line for line in lines if not line.startswith(("resume=", "hydra.", "hydra/", "cluster")))
     wanted = hashlib.sha256(json.dumps(counted).encode()).hexdigest()[:16]
     found = rundir.newest(group, wanted) if cfg.get("resume") == "auto" else None
     sweep_dir = found.path if found is not None else rundir.unused(group / rundir.run_id(), wanted)

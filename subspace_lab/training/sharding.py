@@ -1,13 +1,14 @@
-"""Fully sharded training (FSDP2): every process holds a part of each parameter, cut along one of its dimensions."""
+"""How processes share a model: all of it on each (DDP), or a part of every parameter (FSDP2), cut along a dimension."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
 from typing_extensions import override
 
@@ -18,6 +19,38 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Shard
     from torch.optim import Optimizer
+
+
+# For one another: after a task the first process may gather activations for longer than Lightning's half an hour.
+PATIENCE = timedelta(hours=2)
+
+
+def strategy_of(name: str, *, gpu: bool, processes: int) -> Strategy | Literal["auto"]:
+    """Return Lightning's strategy.
+
+    Args:
+        name: auto, ddp or fsdp.
+        gpu: whether processes talk over NCCL, else over gloo.
+        processes: their number.
+    """
+    backend = "nccl" if gpu else "gloo"
+    if name == "ddp":
+        return DDPStrategy(
+            process_group_backend=backend,
+            gradient_as_bucket_view=True,
+            # Else DDP lays its buckets out anew after its first step, and a resumed run would sum in another order.
+            find_unused_parameters=True,
+            timeout=PATIENCE,
+        )
+    if name == "fsdp":
+        return ShardedStrategy(
+            data_parallel_size=processes,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,  # one file, as every other run writes
+            process_group_backend=backend,
+            timeout=PATIENCE,
+        )
+    return "auto"
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, dimensions: Mapping[str, int] | None = None) -> list[list[nn.Parameter]]:

@@ -113,11 +113,8 @@ class TrainerPlan:
         if self.accelerator == "cpu" and self.precision == "16-mixed":
             raise UserError("trainer.precision=16-mixed needs a GPU", hint="use bf16-mixed or 32-true on a CPU")
         if self.accelerator == "gpu" and self.precision.startswith("bf16") and not torch.cuda.is_bf16_supported():
-            name = torch.cuda.get_device_name()
-            raise UserError(
-                f"trainer.precision={self.precision}, but {name} has no bf16",
-                hint="use trainer.precision=32-true",
-            )
+            what = f"trainer.precision={self.precision}, but {torch.cuda.get_device_name()} has no bf16"
+            raise UserError(what, hint="use trainer.precision=32-true")
         return self
 
     @property
@@ -187,10 +184,8 @@ class TrainerPlan:
             UserError: see the messages.
         """
         if self.strategy == "fsdp" and (method.per_layer or not method.shards):
-            raise UserError(
-                f"method={method.name} cannot run under FSDP, which cuts the matrices it needs",
-                hint="use trainer=ddp",
-            )
+            what = f"method={method.name} cannot run under FSDP, which cuts the matrices it needs"
+            raise UserError(what, hint="use trainer=ddp")
         if method.passes_per_step > 1:
             what = f"method={method.name} makes {method.passes_per_step} passes per step"
             if accumulation > 1:
@@ -235,6 +230,7 @@ class TrainerPlan:
 
         from subspace_lab.training.checkpoint import AtomicCheckpointIO
         from subspace_lab.training.profiler import NoProfiler
+        from subspace_lab.training.sharding import strategy_of
 
         plugins: list[Any] = [AtomicCheckpointIO(self.keep_checkpoints)]
         slurm = environment.slurm_plugin()
@@ -244,7 +240,7 @@ class TrainerPlan:
             accelerator="cuda" if self.accelerator == "gpu" else "cpu",
             devices=self.devices,
             num_nodes=self.num_nodes,
-            strategy=self._strategy(),
+            strategy=strategy_of(self.strategy, gpu=self.accelerator == "gpu", processes=self.world_size),
             precision=self.precision,
             max_steps=self.max_steps,
             max_epochs=-1,
@@ -270,24 +266,6 @@ class TrainerPlan:
             # Validation inside and after training must be the same computation.
             inference_mode=False,
         )
-
-    def _strategy(self) -> Any:
-        if self.strategy == "ddp":
-            from lightning.pytorch.strategies import DDPStrategy
-
-            backend = "nccl" if self.accelerator == "gpu" else "gloo"
-            return DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True)
-        if self.strategy == "fsdp":
-            from subspace_lab.training.sharding import ShardedStrategy
-
-            backend = "nccl" if self.accelerator == "gpu" else "gloo"
-            return ShardedStrategy(
-                data_parallel_size=self.world_size,
-                tensor_parallel_size=1,
-                save_distributed_checkpoint=False,  # one file, as every other run writes
-                process_group_backend=backend,
-            )
-        return "auto"
 
     def wants_bar(self) -> bool:
         """Return whether to draw a progress bar."""

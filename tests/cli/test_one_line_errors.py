@@ -65,7 +65,7 @@ def test_a_mistake_gets_one_line(command, tmp_path: Path, word: str) -> None:
     [
         (["-m", "method=glob(x*)"], "no job"),
         (["-m", "trainer=ddp", "trainer.devices=2", "seed=1,2"], "hydra/launcher=submitit_slurm"),
-        (["-m", "trainer=ddp", "trainer.devices=2", "seed=1,2"], "trainer.strategy=ddp_spawn"),
+        (["-m", "trainer=ddp", "trainer.devices=2", "seed=1,2"], "hydra/launcher=submitit_slurm"),
         (["-m", "method=none,galor"], "'galore'"),
         (["method=none", "method.rank=8"], "only method=galore"),
         (["method=none", "subspace=random"], "does not work in a subspace"),

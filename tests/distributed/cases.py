@@ -81,6 +81,19 @@ def _galore() -> list[Case]:
     return cases
 
 
+def _sharded() -> list[Case]:
+    """FSDP2. Where rows are split an iteration stands for LAPACK; on tiny matrices it finds the same directions."""
+    kinds = {"": (), "_randomized": ("subspace=randomized",), "_random": ("subspace=random",)}
+    kinds |= {"_identity": ("subspace=identity",), "_accumulating": ("data.global_batch_size=8",)}
+    kinds |= {"_clipped": ("trainer.gradient_clip_val=0.1",)}
+    fsdp = ("trainer.strategy=fsdp",)
+    return [
+        Case("fsdp_none", ("method=none", *LLAMA), 2, two=fsdp),
+        *(Case(f"fsdp_galore{kind}", (*GALORE, *words), 2, two=fsdp) for kind, words in kinds.items()),
+        Case("fsdp_gcr", ("method=gcr", *MLP, "protocol=fit", "method.k=3"), weights=1e-5, two=fsdp),
+    ]
+
+
 def _intrinsic() -> list[Case]:
     words = ("method=intrinsic_dimension", "protocol=fit", *MLP, "method.d=20")
     kinds = ("dense", "gaussian", "fastfood", "fastfood_blocked", "sparse", "one_hot", "kronecker")
@@ -186,4 +199,4 @@ def _texts() -> list[Case]:
     ]
 
 
-CASES = [*_texts(), *_galore(), *_optimizers(), *_intrinsic(), *_heads(), *_callbacks(), *_continual()]
+CASES = [*_texts(), *_galore(), *_sharded(), *_optimizers(), *_intrinsic(), *_heads(), *_callbacks(), *_continual()]

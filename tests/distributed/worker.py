@@ -138,6 +138,7 @@ def run_protocol(job: Mapping[str, Any], name: str, modules: list[Any]) -> dict[
 
     from subspace_lab import build, schema
     from subspace_lab.app import compose_config
+    from subspace_lab.optim.shards import whole
     from subspace_lab.training import rng
 
     place = Path(job["folder"])
@@ -145,7 +146,7 @@ def run_protocol(job: Mapping[str, Any], name: str, modules: list[Any]) -> dict[
     schema.validate(cfg)
     outcome = build.instantiate(cfg.protocol).run(cfg, place, label="case", resume_dir=place)
     model, method = modules[-1].model, modules[-1].method
-    state = {key: value for key, value in model.state_dict().items() if hasattr(value, "numpy")}
+    state = {key: whole(value.detach()) for key, value in model.state_dict().items() if hasattr(value, "numpy")}
     np.savez(place / f"{name}.npz", **{key: value.detach().float().numpy() for key, value in state.items()})
     told = {"metrics": outcome.metrics, "timing": outcome.timing, "sections": outcome.sections}
     told["drawn"] = digest(rng.get_state()["torch"])
@@ -167,11 +168,13 @@ def digest(value: Any) -> str:
     """Equal if and only if all tensors and plain values inside are, bit for bit."""
     import torch
 
+    from subspace_lab.optim.shards import whole
+
     found = hashlib.sha256()
 
     def take(value: Any) -> None:
         if hasattr(value, "detach"):
-            array = value.detach().cpu().contiguous()
+            array = whole(value.detach()).cpu().contiguous()
             found.update(f"{array.dtype}{tuple(array.shape)}".encode())
             found.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
         elif isinstance(value, Mapping):
