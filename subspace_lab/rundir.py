@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import fcntl
 import json
+import logging
 import os
 import shutil
 import socket
@@ -114,7 +115,12 @@ def discard_unstarted(run_dir: Path) -> bool:
         run_dir.parent.parent.rmdir()
     except OSError:
         pass
-    return not run_dir.exists()
+    if run_dir.exists():
+        return False
+    for handler in list(logging.getLogger().handlers):  # Hydra's, which would open run.log for the next message
+        if Path(getattr(handler, "baseFilename", "/")).is_relative_to(run_dir):
+            logging.getLogger().removeHandler(handler)
+    return True
 
 
 def owner() -> str:

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
 from subspace_lab import build, interrupt
 from subspace_lab.errors import Interrupted, UserError
 from subspace_lab.protocols import assembling
@@ -113,10 +111,7 @@ class _Run:
         self.best, self.figures = Best(), dict[str, float]()
         self.cpu_seconds = 0.0
         self.saved_at = -1
-        plain: Any = OmegaConf.to_container(cfg, resolve=True)
-        self.loggers = build.instantiate(cfg.logger).create(
-            run_dir, name=str(cfg.name), method=parts.method.name, tags=list(cfg.tags), config=plain
-        )
+        self.loggers = assembling.make_loggers(cfg, run_dir, parts.method)
 
     def train(self, resume_dir: Path) -> None:
         """Learn piece by piece to the last step, or until nothing better is possible."""

@@ -172,7 +172,10 @@ class Slurm:
     def run(self, tasks: Sequence[CellTask]) -> Iterator[CellResult]:
         """Submit one array and yield results as jobs end."""
         with _armed():
-            self._jobs = self._executor.map_array(CellJob(), tasks)
+            try:
+                self._jobs = self._executor.map_array(CellJob(), tasks)
+            except Exception as error:  # submitit's own: sbatch has refused
+                raise UserError(f"protocol.launcher=slurm: {' '.join(str(error).split())}") from error
             waiting = dict(zip(self._jobs, tasks, strict=True))
             while waiting:
                 if interrupt.requested() is not None:

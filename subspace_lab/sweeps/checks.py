@@ -83,7 +83,8 @@ def refuse_local_ddp(cfg: DictConfig, hydra_cfg: Any) -> None:
     launcher = str(OmegaConf.select(hydra_cfg, "launcher._target_", default=""))
     strategy = str(OmegaConf.select(cfg, "trainer.strategy", default="auto", throw_on_missing=False))
     devices = OmegaConf.select(cfg, "trainer.devices", default="auto", throw_on_missing=False)
-    one = devices in (1, "1") or (devices == "auto" and strategy == "auto")
+    nodes = OmegaConf.select(cfg, "trainer.num_nodes", default=1, throw_on_missing=False)
+    one = nodes in (1, "1") and (devices in (1, "1") or devices == strategy == "auto")
     if one or not any(name in launcher for name in LOCAL_LAUNCHERS):
         return
     raise UserError(

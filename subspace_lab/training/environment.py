@@ -14,8 +14,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-# Read when torch is loaded, hence set when this module is. DDP would warn, from C++ and in every process, that it found no
-# unused parameter.
+# Read when torch is loaded, hence set when this module is. DDP would warn, from C++ and in every process, that it found
+# no unused parameter.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 _RANK_VARIABLES = ("RANK", "SLURM_PROCID")

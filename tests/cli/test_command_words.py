@@ -86,7 +86,7 @@ def test_every_option_says_what_it_is() -> None:
         (["met"], {"method=", "method."}),
         (["method=ga"], {"method=galore"}),
         (["method=none,ga"], {"method=none,galore"}),
-        (["-m", "model=llama_1"], {"model=llama_130m", "model=llama_1b"}),
+        (["-m", "model=llama_1"], {"model=llama_130m", "model=llama_13b", "model=llama_1b"}),
         (["method=galore", "method.refresh_e"], {"method.refresh_every="}),
         (["resume=a"], {"resume=auto"}),
         (["res"], {"resume", "resume="}),

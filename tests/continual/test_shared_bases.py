@@ -71,6 +71,7 @@ def process(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_bases_found_once_bind_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # where the host's name leads nowhere
     mp.spawn(process, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]

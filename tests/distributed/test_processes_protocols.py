@@ -37,7 +37,7 @@ REFUSED = {
         ("method=gpm", "trainer.strategy=fsdp"),
         "cannot run under FSDP, which cuts the matrices it needs; use trainer=ddp",
     ),
-    "sweep": (("-m", "seed=0,1"), "cannot run in a local sweep: every rank would repeat the whole sweep"),
+    "sweep": (("-m", "seed=0,1"), "cannot be part of a local sweep: every process would repeat the whole sweep"),
     "global_batch": (
         ("method=galore", "data.batch_size=4", "data.global_batch_size=10"),
         "is not a multiple of data.batch_size=4 × 2 processes; data.batch_size=1 fits",

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,8 +31,9 @@ def learn(folder: Path, method: str, seed: int, *words: str) -> dict[str, Any]:
     return found
 
 
-def means(folder: Path, *words: str) -> dict[str, float]:
-    found = {m: [learn(folder, m, seed, *words)["metrics"] for seed in SEEDS] for m in ("naive", "gpm", "joint")}
+def means(folder: Path, *words: str, joint_seeds: Sequence[int] = SEEDS) -> dict[str, float]:
+    seeds = {"naive": SEEDS, "gpm": SEEDS, "joint": joint_seeds}
+    found = {m: [learn(folder, m, seed, *words)["metrics"] for seed in mine] for m, mine in seeds.items()}
     for naive, gpm in zip(found["naive"], found["gpm"], strict=True):  # on every seed
         assert gpm["final_accuracy"] > naive["final_accuracy"] + 0.25
         assert gpm["backward_transfer"] > naive["backward_transfer"] + 0.3
@@ -41,7 +43,7 @@ def means(folder: Path, *words: str) -> dict[str, float]:
 
 def test_gpm_remembers_what_fine_tuning_forgets(tmp_path: Path) -> None:
     """Measured: naive .46, GPM .91, joint .95 (batch 32); a basis that is not extended or not applied ends below .6."""
-    found = means(tmp_path, *QUICK)
+    found = means(tmp_path, *QUICK, joint_seeds=(0,))
     assert found["naive"] < 0.6
     assert 0.86 < found["gpm"] < found["joint"]
     assert found["joint"] > 0.93

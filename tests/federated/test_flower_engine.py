@@ -92,6 +92,7 @@ class Broken(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_one_run(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parity, clients' errors, ports, secure sums with a client lost in them; and an error in main leaves nothing."""
     monkeypatch.setattr("tempfile.tempdir", "/tmp")

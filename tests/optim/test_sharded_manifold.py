@@ -53,6 +53,7 @@ def process(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_halves_step_as_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # where the host's name leads nowhere
     mp.spawn(process, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]

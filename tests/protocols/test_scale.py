@@ -19,9 +19,10 @@ def estimated(*words: str) -> Any:
     return estimate(compose_config([*LLAMA, *words]), [])
 
 
-@pytest.mark.parametrize("processes", [2, 8, 11])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("method", ["galore", "none"])
+@pytest.mark.parametrize(
+    ("method", "strategy", "processes"),
+    [("galore", "ddp", 8), ("galore", "fsdp", 2), ("galore", "fsdp", 11), ("none", "ddp", 2), ("none", "fsdp", 8)],
+)
 def test_estimate_agrees_with_the_closed_form(method: str, strategy: Any, processes: int) -> None:
     words = [f"method={method}", f"trainer={strategy}", f"trainer.devices={processes}", "trainer.precision=bf16-true"]
     found = estimated(*words, *(["method.rank=24"] if method == "galore" else []))

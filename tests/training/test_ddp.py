@@ -18,6 +18,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow  # through Lightning's own launcher; tests/distributed compares without it
 def test_two_processes_learn_what_one_does(tiny: Any) -> None:
     shared = ("scheduler=constant", "trainer.max_steps=8", "trainer.val_every=4")
     tiny.fit("one", *shared)
