@@ -24,7 +24,7 @@ run: $(VENV)/.installed ## the demo, or ARGS="method=… data=…" for anything 
 install: $(VENV)/.installed ## the environment in .venv, without running anything
 
 test: $(VENV)/.installed-dev ## all tests but the slow ones, in WORKERS=2 processes
-	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.installed-dev ## the slow tests alone
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -36,6 +36,7 @@ def accuracy(folder: Path, *words: str) -> float:
     return float(Fit().run(cfg, folder, label="digits", resume_dir=folder).metrics["test/accuracy"])
 
 
+@pytest.mark.slow
 def test_fifty_numbers_do_not_reach_the_threshold_and_two_hundred_do(tmp_path: Path) -> None:
     baseline = accuracy(tmp_path / "direct", "method=none", "data=digits", "model=mlp", "optimizer.lr=0.003")
     assert baseline > 0.95

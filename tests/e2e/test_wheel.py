@@ -34,6 +34,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "site"
 
 
+@pytest.mark.slow
 def test_demo_runs_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(installed), "SUBSPACE_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(
