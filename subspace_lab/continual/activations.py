@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -152,7 +152,13 @@ def stream_inputs(
         )
 
 
-def input_grams(model: nn.Module, layers: Layers, batches: Iterable[Batch], forward: Forward) -> dict[str, Tensor]:
+def input_grams(
+    model: nn.Module,
+    layers: Layers,
+    batches: Iterable[Batch],
+    forward: Forward,
+    of: Collection[str] | None = None,
+) -> dict[str, Tensor]:
     """Σ x xᵀ (d, d) of each layer's inputs, in float64, on the device.
 
     Products of a chunk are formed in float32 (float64 for float64 inputs), their sum in float64.
@@ -162,9 +168,10 @@ def input_grams(model: nn.Module, layers: Layers, batches: Iterable[Batch], forw
         layers: path -> layer, from `protected_layers`.
         batches: of training examples.
         forward: runs the model on a batch.
+        of: paths of the layers that are wanted, None for all.
 
     Raises:
-        UserError: a layer was never called, or takes more than 8192 inputs.
+        UserError: a layer, wanted or not, was never called, or takes more than 8192 inputs.
     """
     for path, layer in layers.items():
         if input_size(layer) > LARGEST_GRAM:
@@ -172,17 +179,24 @@ def input_grams(model: nn.Module, layers: Layers, batches: Iterable[Batch], forw
                 f"layer {path} takes {input_size(layer)} inputs, more than the {LARGEST_GRAM} of a Gram matrix",
                 hint="method.targets without it",
             )
-    found = input_statistics(model, layers, batches, forward)
+    found = input_statistics(model, layers, batches, forward, of)
     return {path: gram for path, gram in found.items() if isinstance(gram, Tensor)}
 
 
 def input_statistics(
-    model: nn.Module, layers: Layers, batches: Iterable[Batch], forward: Forward, largest: int = LARGEST_GRAM
+    model: nn.Module,
+    layers: Layers,
+    batches: Iterable[Batch],
+    forward: Forward,
+    of: Collection[str] | None = None,
+    largest: int = LARGEST_GRAM,
 ) -> dict[str, Tensor | FrequentDirections]:
     """`input_grams`, with a sketch of 1024 rows for each layer that takes more than `largest` inputs."""
     found: dict[str, Tensor | FrequentDirections] = {}
 
     def add(path: str, X: Tensor) -> None:
+        if of is not None and path not in of:
+            return
         if X.shape[1] > largest:
             sketch = found.setdefault(path, FrequentDirections(SKETCH_ROWS))
             assert isinstance(sketch, FrequentDirections)

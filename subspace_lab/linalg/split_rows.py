@@ -49,15 +49,23 @@ class SplitRows:
 
         return dist.get_world_size(self.group)
 
-    def own(self, P: Tensor) -> Tensor:
-        """This process's part of a basis P (..., q, r) that all have: ceil(q / processes) rows, zeros past the end."""
+    def mine(self, X: Tensor) -> Tensor:
+        """This process's rows of X (..., n, r), which all have: ceil(n / processes), the last ones fewer or none.
+
+        As DTensor cuts, which FSDP2's parameters are.
+        """
         import torch.distributed as dist
 
-        q, size, rank = P.shape[-2], self.processes, dist.get_rank(self.group)
-        each = -(-q // size)
-        start = min(rank * each, q)
-        mine = P.narrow(-2, start, min(each, q - start))
-        return torch.nn.functional.pad(mine, (0, 0, 0, each - mine.shape[-2])).contiguous()
+        n, rank = X.shape[-2], dist.get_rank(self.group)
+        each = -(-n // self.processes)
+        start = min(rank * each, n)
+        return X.narrow(-2, start, min(each, n - start))
+
+    def own(self, P: Tensor) -> Tensor:
+        """This process's part of a basis P (..., q, r), as long as everybody's: zeros stand past the end."""
+        mine = self.mine(P)
+        missing = -(-P.shape[-2] // self.processes) - mine.shape[-2]
+        return torch.nn.functional.pad(mine, (0, 0, 0, missing)).contiguous()
 
     def gather(self, part: Tensor, q: int) -> Tensor:
         """The basis (b, q, r) of which each process has its `own` part (b, ceil(q / processes), r)."""

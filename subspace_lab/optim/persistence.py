@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from subspace_lab.optim.shards import like, part_of, spread, whole
+from subspace_lab.optim.shards import like, spread, whole
 from subspace_lab.optim.stack import Stack, matrix_shape
 
 if TYPE_CHECKING:
@@ -63,8 +63,7 @@ def _own(s: Stack, state: dict[str, Any]) -> dict[str, Any]:
     """This process's rows of the moments of a weight."""
     if s.rows is None:
         return state
-    owner = s.owners[0]
-    return {k: part_of(v, owner, 0) if isinstance(v, Tensor) and v.ndim > 1 else v for k, v in state.items()}
+    return {k: s.rows.mine(v) if isinstance(v, Tensor) and v.ndim > 1 else v for k, v in state.items()}
 
 
 def _strip(entry: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -74,6 +74,8 @@ def refresh(due: Due, gather: Callable[[Stack], Gather], meter: Meter, peers: Pe
 
 
 def _refresh_here(s: Stack, members: list[int], gather: Callable[[Stack], Gather]) -> Changes:
+    if not members:  # all of them are somebody else's share
+        return []
     chosen = gather(s)
 
     def work(chunk: slice) -> tuple[Members, Tensor | None]:
@@ -141,7 +143,9 @@ def _exchange(
         [t for _, t in sorted(s.subspace.state.items())] + ([change] if change is not None else [])
         for s, change in zip(stacks, changes, strict=True)
     ]
-    buffers = [_pack(tensors, [share[o] for share in shares]) for o in range(peers.size)]
+    buffers = [
+        (_pack if o == peers.rank else _room)(tensors, [share[o] for share in shares]) for o in range(peers.size)
+    ]
     peers.send(buffers)
     for o, buffer in enumerate(buffers):
         if o != peers.rank:
@@ -162,6 +166,18 @@ def _pack(tensors: Sequence[Sequence[Tensor]], members: Sequence[list[int]]) -> 
         if some
     ]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+
+
+def _room(tensors: Sequence[Sequence[Tensor]], members: Sequence[list[int]]) -> Tensor:
+    """Where what another process has packed will arrive."""
+    counted = [
+        (t, t[0].numel() * len(some) * t.element_size())
+        for group, some in zip(tensors, members, strict=True)
+        for t in group
+        if some
+    ]
+    device = counted[0][0].device if counted else None
+    return torch.empty(sum(size for _, size in counted), dtype=torch.uint8, device=device)
 
 
 def _unpack(buffer: Tensor, tensors: Sequence[Sequence[Tensor]], members: Sequence[list[int]]) -> None:

@@ -67,18 +67,6 @@ def like(part: Tensor, whole_shape: tuple[int, ...], owner: Tensor) -> Tensor:
     )
 
 
-def part_of(value: Tensor, owner: Tensor, dimension: int) -> Tensor:
-    """This process's part (no copy from others) of a whole tensor cut along `dimension` as `owner` is along its own."""
-    import torch.distributed as dist
-
-    group = group_of(owner)
-    # As DTensor cuts: pieces of ceil(n / processes), the last ones shorter or empty.
-    n, size, rank = value.shape[dimension], dist.get_world_size(group), dist.get_rank(group)
-    step = -(-n // size)
-    start = min(rank * step, n)
-    return value.narrow(dimension, start, min(step, n - start))
-
-
 def spread(state: dict[str, Any], owner: Tensor) -> dict[str, Any]:
     """An optimizer's whole state of one parameter, its tensors cut as the parameter is if that is sharded."""
     if not is_sharded(owner):

@@ -97,7 +97,8 @@ class Stack:
         )
         self.subspace.tracks_change = tracks_change
         ready = self.subspace.ready()
-        self.unsure = ready is not None and not ready.is_meta
+        # Shapes without values (meta and fake tensors of an estimate) cannot be asked.
+        self.unsure = type(ready) is Tensor and not ready.is_meta
         B, p, r = self.subspace.coordinates
         self.coordinates = (B, p, r)
         count = 1 if stacked else B

@@ -21,7 +21,7 @@ def in_parallel(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """
     threads = torch.get_num_threads()
     # Dispatch modes (fake tensors of a memory estimate, profilers) belong to a thread and would be left behind.
-    if threads == 1 or len(items) == 1 or is_in_torch_dispatch_mode():
+    if threads == 1 or len(items) <= 1 or is_in_torch_dispatch_mode():
         return [work(item) for item in items]
 
     def quiet(item: T) -> R:

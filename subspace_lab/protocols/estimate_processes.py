@@ -17,7 +17,6 @@ from subspace_lab import build
 if TYPE_CHECKING:
     from omegaconf import DictConfig
     from torch import nn
-    from torch.optim import Optimizer
 
     from subspace_lab.build import DataModule
     from subspace_lab.methods.base import Method
@@ -112,7 +111,6 @@ def share_of(
         optimizer.share_refreshes()
     with Communication() as first:
         optimizer.step()
-    _forget_doubt(optimizer)
     with Communication() as plain:
         optimizer.step()
     if not sharded:  # DDP reduces every gradient once
@@ -141,10 +139,3 @@ def _shard(model: nn.Module, method: Method, size: int) -> int:
     ]
     *blocks, root = groups
     return root + sum(sorted(blocks)[-2:])
-
-
-def _forget_doubt(optimizer: Optimizer) -> None:
-    """A second step asks whether the first gradients were good for a basis: a value, which fake tensors have not."""
-    for unit in getattr(optimizer, "units", ()):
-        for stack in unit.stacks:
-            stack.unsure = False

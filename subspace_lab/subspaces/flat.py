@@ -232,6 +232,7 @@ class FlatModel(nn.Module):
         Raises:
             UserError: it was not.
         """
+        # 32 bytes to the host, once, when a checkpoint is read.
         if state is not None and bytes(state[_HASH].tolist()).hex() != self.theta0_sha256():
             raise UserError(
                 "the checkpoint was trained from other initial weights than this run starts from",

@@ -2,53 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import signal
 import sys
 import types
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
+from in_process import Answer, Command, command
 
-from subspace_lab import interrupt
-
-
-@dataclass
-class Answer:
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Answer]
-
-
-@pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
-    from subspace_lab import cli
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["subspace-lab"])
-    root = logging.getLogger()
-    before = root.handlers[:], root.level
-    handlers = {number: signal.getsignal(number) for number in interrupt.WATCHED}
-
-    def run(*words: str) -> Answer:
-        capsys.readouterr()
-        code = cli.main(list(words))
-        captured = capsys.readouterr()
-        return Answer(code, captured.out, captured.err)
-
-    yield run
-    for handler in root.handlers[:]:
-        if handler not in before[0]:
-            handler.close()
-    root.handlers[:], root.level = before
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    interrupt.request.__init__()  # type: ignore[misc]
+__all__ = ["Answer", "Command", "command"]
 
 
 @pytest.fixture

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 
 import pytest
+from in_process import signals_installed  # noqa: F401 - a fixture
 
 from subspace_lab import interrupt
 from subspace_lab.errors import Interrupted
 
-
-@pytest.fixture(autouse=True)
-def installed() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in interrupt.WATCHED}
-    interrupt.request.__init__()  # type: ignore[misc]
-    interrupt.install()
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    interrupt.request.__init__()  # type: ignore[misc]
+pytestmark = pytest.mark.usefixtures("signals_installed")
 
 
 def test_ctrl_c_acts_at_once_while_nothing_is_training() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -286,23 +288,31 @@ def test_sketch_and_moments_survive_a_resume_in_the_middle_of_a_task(variant: st
         assert torch.equal(M, again.memory[path])
 
 
-def test_all_processes_remember_what_the_first_one_found() -> None:
-    posted: dict[str, Tensor] = {}
+def test_all_processes_remember_the_same_bases_each_found_once() -> None:
+    posted: list[dict[str, Tensor]] = []
+    together = threading.Barrier(2, timeout=60)
 
-    def send(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        posted.update(tensors)
-        return tensors
+    def gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        posted.append(tensors)
+        together.wait()
+        return {name: tensor for found in posted for name, tensor in found.items()}
 
-    methods = []
-    for leads in (True, False):
+    def trained(rank: int) -> tuple[CoSO, Net]:
         method, model = CoSO(r1=3, r2=4, threshold=0.9), Net()
         optimizer = start(method, model, 0, partial(Adam, lr=0.01))
         for t in range(4):
-            step(model, optimizer, 0, t + (not leads))  # another process would differ by rounding only
-        method.end_task(model, context(0, leads=leads, share=send if leads else lambda _: posted))
-        methods.append(method)
-    for path, M in methods[0].memory.items():
-        assert torch.equal(M, methods[1].memory[path])
+            step(model, optimizer, 0, t + rank)  # another process would differ by rounding only
+        return method, model
+
+    def end(method: CoSO, model: Net, rank: int) -> None:
+        method.end_task(model, context(0, leads=rank == 0, split=lambda names: names[rank::2], gather=gather))
+
+    (first, one), (second, two) = trained(0), trained(1)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(end, (first, second), (one, two), (0, 1)))
+    assert sorted(name for found in posted for name in found) == sorted(first.memory)
+    for path, M in first.memory.items():
+        assert torch.equal(M, second.memory[path])
 
 
 def test_trains_attention_outputs_where_there_are_any_and_heads_at_their_own_rate() -> None:

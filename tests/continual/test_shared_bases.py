@@ -1,4 +1,4 @@
-"""Two processes over gloo: the first finds the bases, both have them, and no update enters what they protect."""
+"""Two processes over gloo: each finds its share of the bases, both have all, and no update enters what they protect."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from subspace_lab.continual.context import TaskContext
-from subspace_lab.continual.sharing import share_tensors
+from subspace_lab.continual.sharing import gather_tensors, part_of_this_process, share_tensors
 from subspace_lab.methods.continual.projection import GPM
 
 CPU = torch.device("cpu")
 
 
-def batches(leads: bool, *_: Any, **__: Any) -> Iterator[dict[str, torch.Tensor]]:
-    assert leads, "only the first process looks at the data"
+def batches(*_: Any, **__: Any) -> Iterator[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     yield {"inputs": torch.randn(60, 5, generator=generator) @ torch.randn(5, 20, generator=generator)}
 
@@ -42,15 +41,21 @@ def process(rank: int, folder: str) -> None:
         head="single",
         device=CPU,
         seed=0,
-        batches=partial(batches, rank == 0),
+        batches=batches,
         forward=lambda model, batch: model(batch["inputs"]),
         loss=lambda model, batch: model(batch["inputs"]).sum(),
         leads=rank == 0,
         share=lambda tensors: share_tensors(tensors, CPU),
+        split=part_of_this_process,
+        gather=lambda tensors: gather_tensors(tensors, CPU),
     )
+    remembered: list[str] = []
+    remember = method.remember
+    method.remember = lambda path, *more: remembered.append(path) or remember(path, *more)  # type: ignore[method-assign, func-returns-value]
     method.begin_task(model, task)
     method.install(model, 0)
     method.end_task(model, task)
+    assert remembered == [("0", "2")[rank]], "each basis is found once"
     method.install(model, 1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = method.build_optimizer(model, partial(AdamW, lr=0.01, weight_decay=0.1))

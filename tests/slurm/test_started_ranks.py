@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 
 import pytest
+from in_process import signals_installed  # noqa: F401 - a fixture
 
 from subspace_lab import interrupt, rundir
 from subspace_lab.app import compose_config
@@ -71,20 +71,9 @@ def test_a_later_life_is_counted(monkeypatch: pytest.MonkeyPatch, name: str) -> 
     assert rundir.restarts() == 3
 
 
-@pytest.fixture
-def installed() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in interrupt.WATCHED}
-    interrupt.request.__init__()  # type: ignore[misc]
-    interrupt.install()
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    interrupt.request.__init__()  # type: ignore[misc]
-
-
 @pytest.mark.parametrize("started", [SRUN, TORCHRUN])
 def test_sigterm_before_training_ends_one_process_and_waits_with_several(
-    monkeypatch: pytest.MonkeyPatch, installed: None, started: dict[str, str]
+    monkeypatch: pytest.MonkeyPatch, signals_installed: None, started: dict[str, str]
 ) -> None:
     for name, value in started.items():
         monkeypatch.setenv(name, value)
@@ -97,7 +86,7 @@ def test_sigterm_before_training_ends_one_process_and_waits_with_several(
         signal.raise_signal(signal.SIGTERM)
 
 
-def test_sigterm_after_a_notice_does_not_cut_the_saving_short(installed: None) -> None:
+def test_sigterm_after_a_notice_does_not_cut_the_saving_short(signals_installed: None) -> None:
     os.kill(os.getpid(), signal.SIGUSR2)
     signal.raise_signal(signal.SIGTERM)
     assert interrupt.requested() == signal.SIGTERM

@@ -3,56 +3,20 @@
 from __future__ import annotations
 
 import json
-import logging
-import signal
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from in_process import Answer, Command, command
 from omegaconf import DictConfig
 
-from subspace_lab import interrupt, rundir
+from subspace_lab import rundir
 
-
-@dataclass
-class Answer:
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Answer]
-
-
-@pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
-    from subspace_lab import cli
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["subspace-lab"])
-    root = logging.getLogger()
-    before = root.handlers[:], root.level
-    handlers = {number: signal.getsignal(number) for number in interrupt.WATCHED}
-
-    def run(*words: str) -> Answer:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["subspace-lab", *words])
-        code = cli.main(list(words))
-        captured = capsys.readouterr()
-        return Answer(code, captured.out, captured.err)
-
-    yield run
-    for handler in root.handlers[:]:
-        if handler not in before[0]:
-            handler.close()
-    root.handlers[:], root.level = before
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    interrupt.request.__init__()  # type: ignore[misc]
+__all__ = ["Answer", "Command", "command"]
 
 
 @dataclass

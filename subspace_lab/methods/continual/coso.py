@@ -140,13 +140,13 @@ class CoSO(RememberingMethod):
         if self._optimizer is None:
             raise UserError("CoSO has no sketch of this task: its optimizer was never built")
         found = {}
-        for path in self._layers if task.leads else ():
+        for path in task.split(list(self._layers)):
             S = self._optimizer.directions(weight_of(path))["sketch"].double()
             # GPM's rule for a first task: the sketch was taken outside the memory as it is.
             new = energy_directions(S @ S.mT, None, self.threshold)
             self.memory.extend(path, new)
             found[path] = self.memory[path]
-        for path, M in task.share(found).items():
+        for path, M in task.gather(found).items():
             self.memory.put(path, M)
         self._optimizer = None
 

@@ -149,9 +149,9 @@ class InfLoRA(ContinualMethod):
         return protected_layers(model, [FUSED]) if any(path.endswith("attn.qkv") for path in layers) else layers
 
     def _grams(self, model: nn.Module, task: TaskContext) -> dict[str, Tensor]:
-        """What stands for the inputs' Gram matrix, of trace 1 before it is squared."""
-        batches = task.batches(count=self.samples)
-        grams = input_grams(model, self._choose(model), batches, task.forward)
+        """What stands for the inputs' Gram matrix, of trace 1 before it is squared, of this process's layers."""
+        layers, batches = self._choose(model), task.batches(count=self.samples)
+        grams = input_grams(model, layers, batches, task.forward, task.split(list(layers)))
         grams = {path: G / G.diagonal().sum().clamp_min(torch.finfo(G.dtype).tiny) for path, G in grams.items()}
         return {path: G @ G for path, G in grams.items()} if self.variant == "release" else grams
 
@@ -160,11 +160,12 @@ class InfLoRA(ContinualMethod):
     def begin_task(self, model: nn.Module, task: TaskContext) -> None:
         """Choose A of every layer from the coming task's inputs."""
         found = {}
-        for path, C in (self._grams(model, task) if task.leads else {}).items():
+        for path, C in self._grams(model, task).items():
             values, vectors = torch.linalg.eigh(self.memory.free(path, C))
             known = values.flip(0)[: self.rank] > 1e-12 * C.diagonal().sum()  # the rest is not in the free space
             found[path] = (vectors.flip(1)[:, : self.rank][:, known].mT / _SCALE).float().contiguous()
-        self.down = task.share(found)
+        found = task.gather(found)
+        self.down = {path: found[path] for path in self._choose(model) if path in found}
 
     @override
     def install(self, model: nn.Module, index: int) -> None:
@@ -190,10 +191,11 @@ class InfLoRA(ContinualMethod):
     def end_task(self, model: nn.Module, task: TaskContext) -> None:
         """Take the task's inputs into the memory."""
         threshold = self.threshold + (self.threshold_end - self.threshold) * task.index / task.tasks
-        for path, C in (self._grams(model, task) if task.leads else {}).items():
+        kinds, found = {True: "retain", False: "remove"}, {}
+        for path, C in self._grams(model, task).items():
             self.memory.update(path, C, threshold)
-        kinds = {True: "retain", False: "remove"}
-        shared = task.share({f"{kinds[p in self.memory.retains]}/{p}": M for p, M in self.memory.bases.items()})
+            found[f"{kinds[path in self.memory.retains]}/{path}"] = self.memory.bases[path]
+        shared = task.gather(found)
         self.memory.retains = set()
         for name, M in shared.items():
             kind, _, path = name.partition("/")

@@ -127,11 +127,12 @@ class ProtectingMethod(RememberingMethod):
         """Extend every layer's basis by what the finished task's inputs need."""
         self.layers = protected_layers(model, self.targets)
         tensors: dict[str, Tensor] = {}
-        if task.leads:
-            batches = task.batches(count=self.samples)
-            for path, statistic in input_statistics(model, self.layers, batches, task.forward).items():
-                tensors |= self.remember(path, statistic, self.thresholds.at(path, task.index))
-        self.receive(task.share(tensors))
+        # Every process looks at the same few inputs, each of them for its share of the layers.
+        mine = task.split(list(self.layers))
+        batches = task.batches(count=self.samples)
+        for path, statistic in input_statistics(model, self.layers, batches, task.forward, mine).items():
+            tensors |= self.remember(path, statistic, self.thresholds.at(path, task.index))
+        self.receive(task.gather(tensors))
 
     def remember(self, path: str, statistic: Statistic, threshold: float) -> dict[str, Tensor]:
         """Extend the basis of one layer; returns what other processes need to know, for `receive`."""
@@ -139,7 +140,7 @@ class ProtectingMethod(RememberingMethod):
         return {f"bases/{path}": self.memory[path]}
 
     def receive(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what the first process has found."""
+        """Take over what the processes have found."""
         for name, tensor in tensors.items():
             kind, _, path = name.partition("/")
             if kind == "bases":
