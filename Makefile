@@ -46,6 +46,8 @@ bench: $(VENV)/.installed-bench ## CPU times: optimizers beside torch and galore
 	$(BIN)/python scripts/bench_continual_epochs.py $(ARGS)
 	$(BIN)/python scripts/bench_federated.py $(ARGS)
 	$(BIN)/python scripts/bench_manifolds.py $(ARGS)
+	$(BIN)/python scripts/bench_merging.py $(ARGS)
+	$(BIN)/python scripts/bench_merging_files.py $(ARGS)
 	$(BIN)/python scripts/bench_projections.py $(ARGS)
 	$(BIN)/python scripts/bench.py $(ARGS)
 
@@ -53,6 +55,7 @@ bench-gpu: $(VENV)/.installed-bench ## the same on CUDA, with LLaMA-1B and 10^8 
 	$(BIN)/python scripts/bench_continual.py --device cuda $(ARGS)
 	$(BIN)/python scripts/bench_federated.py --device cuda --skip-flower $(ARGS)
 	$(BIN)/python scripts/bench_manifolds.py --device cuda $(ARGS)
+	$(BIN)/python scripts/bench_merging.py --device cuda $(ARGS)
 	$(BIN)/python scripts/bench_projections.py --device cuda $(ARGS)
 	$(BIN)/python scripts/bench.py --device cuda $(ARGS)
 

@@ -33,11 +33,20 @@ from subspace_lab.sweeps.cell import run_cell, write_traceback
 from subspace_lab.sweeps.ending import conduct
 from subspace_lab.training.environment import is_main_process, quiet_lightning
 
-NO_CHOICE = ("subspace", "scenario", "federation", "experiment", "hparams_search", "debug")  # null in conf/config.yaml
+NO_CHOICE = (
+    "subspace",
+    "scenario",
+    "federation",
+    "merge",
+    "experiment",
+    "hparams_search",
+    "debug",
+)  # null in conf/config.yaml
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 # Cached, so that every use in a run and every job of a sweep sees one id.
 OmegaConf.register_new_resolver("run_id", rundir.run_id, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("run_name", lambda usual, *, _root_: rundir.run_name(usual, _root_), replace=True)
 OmegaConf.register_new_resolver("slurm", lambda name, *, _root_: settings.launcher_value(name, _root_), replace=True)
 launchers.use_own_files()
 

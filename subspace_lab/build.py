@@ -87,7 +87,7 @@ def build_model_for(cfg: DictConfig, known: Mapping[str, Any]) -> nn.Module:
             "data_observation": "an environment",
             "data_sequence_tokens": "text-to-text tasks",
         }
-        kind = " and ".join(kinds[name] for name in sorted(wanted & kinds.keys() - known.keys()))
+        kind = " and ".join(kinds[name] for name in sorted(wanted & kinds.keys() - known.keys())) or "classes"
         given = " and ".join(kinds[name] for name in sorted(known.keys() & kinds.keys()))
         raise UserError(
             f"this model is for {kind}, and the data are {given}", hint="see `subspace-lab list models` and `list data`"

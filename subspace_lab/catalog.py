@@ -29,6 +29,7 @@ PLURALS = {
     "protocols": "protocol",
     "scenarios": "scenario",
     "federations": "federation",
+    "merges": "merge",
     "experiments": "experiment",
     "searches": "hparams_search",
 }
@@ -42,6 +43,7 @@ MAIN_GROUPS = (
     "data",
     "scenario",
     "federation",
+    "merge",
     "protocol",
     "trainer",
     "logger",

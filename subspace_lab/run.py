@@ -39,7 +39,7 @@ def run(cfg: DictConfig) -> float | None:
     Args:
         cfg: the composed and validated configuration; `paths.output_dir` is the run folder.
     """
-    schema.check_federation(cfg)
+    schema.check_companions(cfg)
     if cfg.estimate:
         from subspace_lab.protocols.estimate import print_estimate
 
@@ -141,6 +141,13 @@ def _finish(
         _show_search(cfg, run_dir, found["search"])
         print(run_dir)
         return
+    if "merged_files" in found:
+        print(found["merged_files"]["output"])
+        return
+    if "merge" in found:
+        _show_merge(cfg, run_dir, found)
+        print(run_dir)
+        return
     console = Console()
     if "continual" in found:
         section, target = found["continual"], run_dir / "plots" / accuracy_matrix.FILE
@@ -176,6 +183,31 @@ def _show_search(cfg: DictConfig, run_dir: Path, search: dict[str, Any]) -> None
     console.print(dimension_tables.definitions(search, published.lookup(entry) if entry else None))
     for note in dimension_tables.notes(search):
         console.print(f"note: {note}", highlight=False)
+
+
+def _show_merge(cfg: DictConfig, run_dir: Path, found: results.Results) -> None:
+    """Draw and print the accuracies of base, merged model and experts, beside published ones of the same family."""
+    from rich.console import Console
+
+    from subspace_lab.reporting import merge_report, published, tables
+
+    section, console = found["merge"], Console()
+    merge_report.draw(section, run_dir / "plots" / merge_report.FILE, f"{cfg.name}, seed {cfg.seed}")
+    console.print(f"\n{merge_report.headline(section, found['metrics'])}", highlight=False)
+    console.print(merge_report.table(section))
+    if "connectivity" in section:
+        from subspace_lab.merging import connectivity
+
+        curves = {label: connectivity.Connectivity.read(line) for label, line in section["connectivity"].items()}
+        connectivity.draw_connectivity(curves, run_dir / "plots" / "connectivity.png", f"{cfg.name}, seed {cfg.seed}")
+        console.print(connectivity.connectivity_table(curves))
+    for note in merge_report.notes(section):
+        console.print(f"note: {note}", highlight=False)
+    entry = cfg.get("published")
+    if entry:
+        theirs = published.lookup(entry)
+        refusal = merge_report.family_refusal(section, theirs)
+        console.print(f"note: {refusal}" if refusal else tables.beside_published(found["metrics"], theirs))
 
 
 def compare_name(cfg: DictConfig) -> str | None:

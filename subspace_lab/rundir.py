@@ -17,6 +17,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from subspace_lab.errors import UserError
 
@@ -56,6 +57,19 @@ def restarts() -> int:
 def run_id() -> str:
     """Return the SLURM job's id if there is one, else the local time to the microsecond."""
     return slurm_id() or datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+
+
+def run_name(usual: str, cfg: Any) -> str:
+    """Return the name of a run: the usual one, or `<method>_checkpoints` where files are merged and nothing is trained.
+
+    Args:
+        usual: method, model and data.
+        cfg: the whole configuration.
+    """
+    merge = cfg.get("merge")
+    models = merge.get("models") if merge is not None else None
+    # A list; by task, they are measured on the data.
+    return f"{cfg.method.name}_checkpoints" if models is not None and not hasattr(models, "keys") else usual
 
 
 def status(run_dir: Path) -> str | None:

@@ -40,6 +40,7 @@ _LIKELY = (
     "protocol",
     "scenario",
     "federation",
+    "merge",
 )
 _ALIAS = re.compile(r"\$\{([\w.]+)\}$")
 
@@ -61,6 +62,7 @@ class Root:
     protocol: Node
     scenario: Node
     federation: Node
+    merge: Node
     model: Node
     data: Node
     optimizer: Node
@@ -253,8 +255,8 @@ def _check_protocol(cfg: DictConfig) -> None:
         )
 
 
-def check_federation(cfg: DictConfig) -> None:
-    """Refuse clients without a protocol for them, and that protocol without clients.
+def check_companions(cfg: DictConfig) -> None:
+    """Refuse clients or checkpoints to merge without a protocol for them, and such a protocol without them.
 
     Raises:
         UserError: see above.
@@ -266,6 +268,13 @@ def check_federation(cfg: DictConfig) -> None:
         raise UserError(
             f"federation is for protocol=federated, and this method runs with protocol={chosen}",
             hint="method=fedavg, method=fot, or no federation=",
+        )
+    if (chosen == "merge") != (cfg.get("merge") is not None):
+        if chosen == "merge":
+            raise UserError("protocol=merge needs to know what is merged", hint="merge=default")
+        raise UserError(
+            f"merge is for protocol=merge, and this method runs with protocol={chosen}",
+            hint="method=task_arithmetic, ties, iso_c …, or no merge=",
         )
 
 

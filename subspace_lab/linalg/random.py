@@ -113,7 +113,7 @@ def rademacher(
     octets = ((words.unsqueeze(-1) >> byte_shifts) & 0xFF).to(torch.uint8)
     bits = (octets.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=words.device)) & 1
     flat = bits.flatten(start_dim=words.dim() - 1)[..., skip : skip + size]
-    return (1 - 2 * flat.to(dtype)).reshape(*words.shape[:-1], *shape)
+    return (1 - 2 * flat.to(dtype)).reshape((*words.shape[:-1], *shape))
 
 
 def uniform(
@@ -132,4 +132,4 @@ def uniform(
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"uniform needs float32 or float64, got {dtype}")
     words = random_bits(key, offset, math.prod(shape), device)
-    return ((words >> 8).to(dtype) * 2.0**-24).reshape(*words.shape[:-1], *shape)
+    return ((words >> 8).to(dtype) * 2.0**-24).reshape((*words.shape[:-1], *shape))

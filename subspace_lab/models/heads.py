@@ -169,7 +169,7 @@ def replace_head(model: nn.Module, path: str, head: nn.Module) -> nn.Module:
     """Put `head` at `path`, on the device of what was there; returns the model (the head, where that is all of it)."""
     old = model.get_submodule(path)
     device = next(old.parameters()).device
-    if next(head.parameters()).device != device:  # torch's fake tensors cannot be moved
+    if any(p.device != device for p in head.parameters()):  # torch's fake tensors cannot be moved
         head.to(device)
     if not path:
         return head

@@ -112,6 +112,11 @@ def estimate(cfg: DictConfig, notes: list[str]) -> Memory:
     plan: TrainerPlan = build.instantiate(cfg.trainer)
     method = build.build_method(cfg)
     data = build.build_data(cfg)
+    if hasattr(data, "pretraining"):
+        raise UserError(
+            "estimate=true tells what training takes, and protocol=merge merges what is trained",
+            hint="merging checkpoints holds at most (models + 2) × the largest tensor",
+        )
     known = {"data_vocab_size": _vocabulary(cfg, data, notes)} if "block_size" in cfg.data else data.model_arguments()
     scenario = build.instantiate(cfg.scenario) if cfg.get("scenario") is not None else None
     if scenario is not None and "data_classes" in known:

@@ -63,12 +63,7 @@ class Fit:
                 "these data are a sequence of tasks (scenario), and this protocol learns one task",
                 hint="protocol=continual with method=naive, gpm, coso …, or ordinary data",
             )
-        data = build.build_data(cfg)
-        if not hasattr(data, "train_dataloader"):
-            raise UserError(
-                "protocol=fit trains on a data set, and the data are an environment",
-                hint="protocol=dqn, protocol=evolution, or protocol@protocol.cell=dqn in a dimension search",
-            )
+        data = self._build_data(cfg)
         accumulation = plan.accumulation(data.batch_size, getattr(data, "global_batch_size", None))
         plan.check_method(method, accumulation)
         data.configure(plan.rank, plan.world_size, cfg.seed)
@@ -99,6 +94,23 @@ class Fit:
             method.save(module.model, run_dir, Origin(cfg.seed, to_plain(cfg.model), data.model_arguments()))
         return self._outcome(trainer, module, driver, data, time.perf_counter() - began)
 
+    def _build_data(self, cfg: DictConfig) -> DataModule:
+        data = build.build_data(cfg)
+        if hasattr(data, "pretraining"):
+            raise UserError(
+                "protocol=fit trains on a data set, and the data are several tasks whose experts are to be merged",
+                hint="method=task_arithmetic, ties, iso_c …, or data=digits",
+            )
+        if not hasattr(data, "train_dataloader"):
+            raise UserError(
+                "protocol=fit trains on a data set, and the data are an environment",
+                hint="protocol=dqn, protocol=evolution, or protocol@protocol.cell=dqn in a dimension search",
+            )
+        return data
+
+    def _build_model(self, cfg: DictConfig, data: DataModule) -> nn.Module:
+        return build.build_model(cfg, data)
+
     def _prepare(self, cfg: DictConfig, plan: TrainerPlan, data: DataModule) -> None:
         """Get ready what is needed after training, so that it is missed before."""
 
@@ -128,7 +140,7 @@ class Fit:
         from subspace_lab.training.module import ExperimentModule
 
         rng.seed(cfg.seed)
-        model = build.build_model(cfg, data)
+        model = self._build_model(cfg, data)
         module = ExperimentModule(
             model,
             data.task(),

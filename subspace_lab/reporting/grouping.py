@@ -21,6 +21,7 @@ _ASIDE_KEYS = (
     "data.data_dir",
     "data.cache_dir",
 )
+_OF_THE_TASK = ("data.", "model.", "scenario.", "merge.family")
 COLUMNS = ("method", "optimizer", "model", "data", "steps", "status")
 # What these say as it came out.
 _OUTCOME = ("method", "optimizer", "model", "data", "protocol", "trainer.max_steps", "trainer.max_epochs")
@@ -41,7 +42,7 @@ class Group:
     @property
     def task(self) -> Key:
         """What is to be learnt, on what, for how long: methods are compared within it."""
-        settings = tuple(entry for entry in self.settings if entry[0].startswith(("data.", "model.", "scenario.")))
+        settings = tuple(entry for entry in self.settings if entry[0].startswith(_OF_THE_TASK))
         return (*self.columns[2:5], settings)
 
 
@@ -60,6 +61,8 @@ def group_of(results: Results) -> Group:
     protocol = choices.get("protocol")
     if protocol not in (None, "fit", "transfer"):  # these two train alike
         settings["protocol"] = str(protocol)
+    if "merge" in results:  # experts of another family are another task
+        settings["merge.family"] = str(results["merge"]["family"])
     if "continual" in results:
         settings["scenario.head"] = str(results["continual"]["head"])
     return Group(columns, tuple(sorted(settings.items())))

@@ -115,3 +115,8 @@ def test_rejects() -> None:
         rademacher((3,), key=0, offset=-1)
     with pytest.raises(ValueError, match="float32"):
         uniform((3,), key=0, dtype=torch.bfloat16)
+
+
+def test_a_number_of_its_own_is_a_stream_s_first() -> None:
+    assert uniform((), key=3).shape == () and uniform((), key=3) == uniform((4,), key=3)[0]
+    assert rademacher((), key=3) == rademacher((4,), key=3)[0]

@@ -71,9 +71,10 @@ def test_a_later_life_is_counted(monkeypatch: pytest.MonkeyPatch, name: str) -> 
     assert rundir.restarts() == 3
 
 
+@pytest.mark.usefixtures("signals_installed")
 @pytest.mark.parametrize("started", [SRUN, TORCHRUN])
 def test_sigterm_before_training_ends_one_process_and_waits_with_several(
-    monkeypatch: pytest.MonkeyPatch, signals_installed: None, started: dict[str, str]
+    monkeypatch: pytest.MonkeyPatch, started: dict[str, str]
 ) -> None:
     for name, value in started.items():
         monkeypatch.setenv(name, value)
@@ -86,7 +87,8 @@ def test_sigterm_before_training_ends_one_process_and_waits_with_several(
         signal.raise_signal(signal.SIGTERM)
 
 
-def test_sigterm_after_a_notice_does_not_cut_the_saving_short(signals_installed: None) -> None:
+@pytest.mark.usefixtures("signals_installed")
+def test_sigterm_after_a_notice_does_not_cut_the_saving_short() -> None:
     os.kill(os.getpid(), signal.SIGUSR2)
     signal.raise_signal(signal.SIGTERM)
     assert interrupt.requested() == signal.SIGTERM
