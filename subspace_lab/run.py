@@ -189,7 +189,7 @@ def _show_merge(cfg: DictConfig, run_dir: Path, found: results.Results) -> None:
     """Draw and print the accuracies of base, merged model and experts, beside published ones of the same family."""
     from rich.console import Console
 
-    from subspace_lab.reporting import merge_report, published, tables
+    from subspace_lab.reporting import merge_report, tables
 
     section, console = found["merge"], Console()
     merge_report.draw(section, run_dir / "plots" / merge_report.FILE, f"{cfg.name}, seed {cfg.seed}")
@@ -205,7 +205,7 @@ def _show_merge(cfg: DictConfig, run_dir: Path, found: results.Results) -> None:
         console.print(f"note: {note}", highlight=False)
     entry = cfg.get("published")
     if entry:
-        theirs = published.lookup(entry)
+        theirs = merge_report.published_entry(entry)
         refusal = merge_report.family_refusal(section, theirs)
         console.print(f"note: {refusal}" if refusal else tables.beside_published(found["metrics"], theirs))
 

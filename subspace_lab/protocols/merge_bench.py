@@ -22,6 +22,7 @@ from subspace_lab.protocols.merge_evaluation import (
     in_order,
     mean,
     normalized,
+    similarities,
     task_figures,
 )
 from subspace_lab.protocols.outcome import Outcome
@@ -307,6 +308,7 @@ class Bench:
                 }
                 for of, row in rows.items()
             },
+            "task_vectors": similarities(workshop.base, workshop.models),
             "learned": self.method.learned(),
         }
         parameters = sum(t.numel() for t in workshop.base.values())

@@ -142,3 +142,16 @@ def mean(values: Sequence[float]) -> float:
 def normalized(accuracies: Sequence[float], experts: Sequence[float]) -> float:
     """Mean over tasks of the accuracy divided by the expert's (Ortiz-Jimenez et al., NeurIPS 2023)."""
     return mean([a / e if e else 0.0 for a, e in zip(accuracies, experts, strict=True)])
+
+
+@torch.no_grad()
+def similarities(base: Mapping[str, Tensor], models: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
+    """Lengths ‖D_t‖ of the task vectors, and cosines between any two; all tensors of floating point together."""
+    G = torch.zeros(len(models), len(models), dtype=torch.float64)
+    for name, W in base.items():
+        if W.is_floating_point():
+            D = torch.stack([(state[name] - W).flatten() for state in models]).double()
+            G += (D @ D.mT).cpu()
+    norms = G.diagonal().sqrt()
+    cosines = G / norms.outer(norms).clamp_min(torch.finfo(G.dtype).tiny)
+    return {"norms": norms.tolist(), "cosines": cosines.tolist()}

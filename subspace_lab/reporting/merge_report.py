@@ -94,6 +94,19 @@ def draw(section: Mapping[str, Any], target: Path, title: str) -> Path:
     return target
 
 
+def published_entry(entry: str) -> dict[str, Any]:
+    """Return a published entry of a merge (`merging/<family>/…`) with the `family` of its checkpoints.
+
+    Raises:
+        UserError: there is no such entry.
+    """
+    from subspace_lab.reporting import published
+
+    found = published.lookup(entry)
+    file, family, *_ = entry.split("/")
+    return found | {"family": family} if file == "merging" else found
+
+
 def family_refusal(section: Mapping[str, Any], published: Mapping[str, Any]) -> str | None:
     """Return why published figures may not be put beside a run's: they are of other checkpoints; None if they may."""
     theirs = published.get("family")

@@ -11,7 +11,15 @@ from subspace_lab.errors import UserError, did_you_mean
 from subspace_lab.reporting.results import Results
 
 # The first of these that any run has; what a protocol names as its objective comes after them.
-PREFERRED = ("val/perplexity", "val/accuracy", "final_accuracy", "test/accuracy", "val/return", "val/loss")
+PREFERRED = (
+    "val/perplexity",
+    "val/accuracy",
+    "final_accuracy",
+    "test/accuracy",
+    "merged/accuracy",
+    "val/return",
+    "val/loss",
+)
 _MORE_IS_BETTER = (
     "accuracy",
     "return",

@@ -60,6 +60,9 @@ def test_results_hold_accuracies_of_base_experts_and_merged_absolute_and_normali
     assert metrics["merged/normalized_accuracy"] == pytest.approx(sum(shares) / 2)
     assert metrics["merged/worst_normalized_accuracy"] == pytest.approx(min(shares))
     assert found["objective"] == "merged/error" and metrics["merged/error"] == pytest.approx(1 - sum(accuracies) / 2)
+    cosines = torch.tensor(section["task_vectors"]["cosines"])
+    torch.testing.assert_close(cosines.diagonal(), torch.ones(2))
+    assert cosines[0, 1] == cosines[1, 0] and abs(cosines[0, 1]) < 1
     assert section["scale"]["chosen"] == "validation" and [s for s, _ in section["scale"]["curve"]] == [0.5, 1.0]
     for of in ("base", "merged", "experts"):
         for task in section["tasks"]:
