@@ -13,30 +13,61 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from subspace_lab.linalg.precision import full_precision, matmul, normalize, upcast
-from subspace_lab.linalg.thin_svd import negligible, significant, thin_svd
+from subspace_lab.linalg.precision import full_precision, largest_entry, matmul, normalize, subtract_product, upcast
+from subspace_lab.linalg.thin_svd import double_product, gram_eigen, lapack_svd, negligible, significant
 
 _CUSHION = 0.05  # below this, the scaling assumes that the smallest singular value is this large: see `_scalings`
 _DONE = 1e-9
 
 
-@full_precision
-def polar(A: Tensor, *, method: Literal["auto", "svd", "iterate"] = "auto") -> Tensor:
+Method = Literal["auto", "svd", "iterate"]
+
+
+def polar(A: Tensor, *, method: Method = "auto", overwrite: bool = False) -> Tensor:
     """Polar factor (..., m, n) of A (..., m, n), in float32 (float64 if A is).
 
     Args:
         A: any shape; a matrix with NaN or infinities counts as zero.
-        method: svd: thin SVDs; singular values up to 1e-6 of the largest count as zero (2e-15 for float64).  iterate:
+        method: svd: thin SVDs, or A (AᵀA)^(-1/2) in float64 where `gram_eigen` finds it good enough; singular
+            values up to 1e-6 of the largest count as zero (2e-15 for float64).  iterate:
             scaled Newton-Schulz iteration in float64: batched products only, no synchronisation; singular values near
             that bound (1e-10 for float64) come out between 0 and 1.  auto: svd on the CPU, where it takes a third of
             the time, iterate elsewhere.
+        overwrite: A is not needed any more; its place may be taken.
     """
+    return polar_and_norm(A, method=method, overwrite=overwrite)[0]
+
+
+@full_precision
+def polar_and_norm(A: Tensor, *, method: Method = "auto", overwrite: bool = False) -> tuple[Tensor, Tensor]:
+    """Polar factor (..., m, n) and sum of the singular values (...) of A (..., m, n); arguments as for `polar`."""
     if not A.numel():
-        return upcast(A)
+        return upcast(A), upcast(A).sum(dim=(-2, -1))
     if method == "iterate" or (method == "auto" and A.device.type != "cpu"):
-        return _iterate(A)
-    U, S, V = thin_svd(A)
-    return matmul(U.mul_(significant(S).unsqueeze(-2)), V.mT)
+        P = _iterate(A)
+        return P, nuclear_norm(A, P)
+    P = upcast(A)
+    P = P if overwrite or P is not A else A.clone()
+    return P, _in_place(P)
+
+
+def _in_place(A: Tensor) -> Tensor:
+    """Put the polar factor in A's place, one matrix after the other; return the sum of its singular values."""
+    if A.dim() > 2:
+        return torch.stack([_in_place(one) for one in A])
+    if A.shape[-2] < A.shape[-1]:
+        return _in_place(A.mT)
+    if not bool(torch.isfinite(largest_entry(A))):
+        A.zero_()
+    found = gram_eigen(A)
+    if found is None:
+        U, S, V = lapack_svd(A)
+        A.copy_(matmul(U.mul_(significant(S).unsqueeze(-2)), V.mT))
+        return S.sum()
+    values, V = found
+    W = V.mul_(values.pow(-0.25))
+    double_product(A, W @ W.mT, out=A)
+    return values.sqrt().sum().to(A.dtype)
 
 
 def nuclear_norm(A: Tensor, P: Tensor) -> Tensor:
@@ -44,30 +75,25 @@ def nuclear_norm(A: Tensor, P: Tensor) -> Tensor:
     return (P * A).sum(dim=-1).double().sum(dim=-1).to(P.dtype)
 
 
-def polar_beside(T: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """Polar factor of [T, C] where C is orthonormal already, in its two parts.
+def polar_beside(A: Tensor, c: int) -> Tensor:
+    """Polar factor of A = [C, T] (..., n, c + p) where C, the first c columns, is orthonormal already; in A's place.
 
     Of C only its overlap with T moves: with the QR decomposition CᵀT = Q R, the part of C outside C Q is orthogonal to
     T, so that [T, C Q] (..., n, 2 p) is all that has to be factored.
-
-    Args:
-        T: (..., n, p).
-        C: (..., n, c), orthonormal columns.
-
-    Returns:
-        (..., n, p) and (..., n, c).
     """
-    p, c = T.shape[-1], C.shape[-1]
+    C, T = A[..., :c], A[..., c:]
+    p = T.shape[-1]
     if 2 * p >= c:
-        both = polar(torch.cat([T, C], dim=-1))
-        return both[..., :p], both[..., p:]
+        return polar(A, overwrite=True)
     Q = torch.linalg.qr(matmul(C.mT, T)).Q
     inside = matmul(C, Q)
-    both = polar(torch.cat([T, inside], dim=-1))
+    both = polar(torch.cat([T, inside], dim=-1), overwrite=True)
     # Where T lies nearly in the span of C, rounding in CᵀT has been magnified: what it put outside C Q goes again.
     coordinates = matmul(C.mT, both)
-    both = both - matmul(C, coordinates - matmul(Q, matmul(Q.mT, coordinates)))
-    return both[..., :p], C + matmul(both[..., p:] - inside, Q.mT)
+    subtract_product(both, C, coordinates - matmul(Q, matmul(Q.mT, coordinates)))
+    T.copy_(both[..., :p])
+    subtract_product(C, inside.sub_(both[..., p:]), Q.mT)
+    return A
 
 
 def _iterate(A: Tensor) -> Tensor:

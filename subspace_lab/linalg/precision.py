@@ -17,6 +17,7 @@ from torch import Tensor
 
 from subspace_lab.linalg.split_rows import SplitRows
 
+_ROWS = 512
 _Params = ParamSpec("_Params")
 _Result = TypeVar("_Result")
 
@@ -48,6 +49,13 @@ def matmul(A: Tensor, B: Tensor) -> Tensor:
     if A.dtype == torch.float64 or (not A.is_cuda and torch.get_float32_matmul_precision() == "highest"):
         return A @ B
     return (A.double() @ B.double()).to(A.dtype)
+
+
+def subtract_product(A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """A − B C (..., m, n) in A's place, from a few rows of B (..., m, k) at a time; C (..., k, n)."""
+    for rows, left in zip(torch.split(A, _ROWS, dim=-2), torch.split(B, _ROWS, dim=-2), strict=True):
+        rows.sub_(matmul(left, C))
+    return A
 
 
 def sanitize(A: Tensor) -> Tensor:

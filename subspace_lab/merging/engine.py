@@ -16,7 +16,7 @@ from torch import Tensor
 
 from subspace_lab.linalg.precision import full_precision
 from subspace_lab.merging.base import Merge
-from subspace_lab.merging.grouping import Group, Part, piece_bytes, pieces, stacks
+from subspace_lab.merging.grouping import Group, Part, piece_bytes, pieces, stacks, steps
 from subspace_lab.merging.settings import TensorRules
 from subspace_lab.merging.sources import Sources
 from subspace_lab.merging.stacks import Selected, SourceStack, each, refuse_non_finite
@@ -119,15 +119,19 @@ def run(
 def _deliver(
     sources: Sources, sink: Sink, stack: SourceStack, part: Part, U: Tensor, factor: float, *, update_only: bool
 ) -> None:
-    place = sink.place(part.tensor, part.start, U.numel(), U)
-    if update_only:
-        result = torch.mul(U, factor, out=place)
-    else:
-        result = torch.add(stack.view(None, part), U, alpha=factor, out=place)
-    if not bool(result.sum().isfinite()):
-        refuse_non_finite(sources, (part,), [None, *range(sources.models)])
-    if place is None:
-        sink.put(part.tensor, part.start, result)
+    for step in steps(part):
+        update = U[step.start - part.start : step.stop - part.start]
+        place = sink.place(step.tensor, step.start, update.numel(), U)
+        if update_only:
+            result = torch.mul(update, factor, out=place)
+        else:
+            result = torch.add(stack.view(None, step), update, alpha=factor, out=place)
+        if not bool(result.sum().isfinite()):
+            refuse_non_finite(sources, (part,), [None, *range(sources.models)])
+        if place is None:
+            sink.put(step.tensor, step.start, result)
+        if step.stop < part.stop:
+            sources.release()
 
 
 def _copy(sources: Sources, sink: Sink, name: str, advance: Callable[[int], None]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,6 +16,7 @@ from subspace_lab.merging.sources import TensorInfo
 # One after the other along the rows; GPT-NeoX's query_key_value takes turns by head and GPT-2's c_attn is transposed.
 _FUSED = re.compile(r"(^|\.)(in_proj_weight|(qkv|Wqkv|qkv_proj)\.weight)$")
 _PIECE = 1 << 20  # bytes: base, update and one model's piece stay in the cache
+_STEP = 1 << 20  # entries
 _DEVICE_PIECE = 1 << 28  # a GPU wants work, and has memory
 
 
@@ -62,6 +63,12 @@ class Group:
 def piece_bytes(device: torch.device) -> int:
     """How much of a tensor is worked on at once where it can be cut anywhere."""
     return _PIECE if device.type == "cpu" else _DEVICE_PIECE
+
+
+def steps(part: Part) -> Iterator[Part]:
+    """Pieces of a part that are looked at one after the other: then no model's tensor is in memory as a whole."""
+    for start in range(part.start, part.stop, _STEP):
+        yield replace(part, start=start, shape=(min(_STEP, part.stop - start),))
 
 
 def compute_dtype(stored: torch.dtype) -> torch.dtype:

@@ -25,8 +25,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from subspace_lab.errors import UserError
-from subspace_lab.linalg.polar import nuclear_norm, polar, polar_beside
-from subspace_lab.linalg.precision import matmul
+from subspace_lab.linalg.polar import polar, polar_and_norm, polar_beside
+from subspace_lab.linalg.precision import matmul, subtract_product
 from subspace_lab.linalg.thin_svd import Factors, negligible, significant, thin_svd, top_k
 from subspace_lab.merging.base import Stack
 from subspace_lab.merging.spectral import SpectralMerge
@@ -76,38 +76,44 @@ class IsoCTS(SpectralMerge):
         if not q:
             return isotropic(D)
         U, S, V = thin_svd(D)
-        known = significant(S)[..., :k]
+        del D
+        known = significant(S)[..., None, :k]
         complete = bool(known.all())
-        U_c, V_c = U[..., :k], V[..., :k]
+        U_c = U[..., :k]
         if not complete:
-            U_c, V_c = U_c * known.unsqueeze(-2), V_c * known.unsqueeze(-2)
+            U_c.mul_(known)
+            V[..., :k].mul_(known)
         # The T q directions that U has left are all there are besides U_c if m <= n.
         U_perp = U[..., k:] if complete and stack.shape[0] <= stack.shape[1] else None
-        del D, U, V
-        found = []
-        for D_t in stack.deltas():
-            length = D_t.norm(dim=(-2, -1))
-            rest = D_t.sub_(matmul(U_c, matmul(U_c.mT, D_t))) if U_perp is None else matmul(U_perp.mT, D_t)
-            found.append(_unless_noise(top_k(rest, q), length))
-        del D_t, rest
+        found = [self._own(stack, t, q, U_c, U_perp) for t in range(stack.models)]
         U_t, S_t, V_t = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
+        del found
+        # What U and V have beside the common directions makes room for the tasks'.
         if complete:
-            outside = U_t - matmul(U_c, matmul(U_c.mT, U_t)) if U_perp is None else U_t
-            U_t = polar(outside) if U_perp is None else matmul(U_perp, polar(outside))
-            V_t, V_c = polar_beside(V_t, V_c)
-            U_all, V_all = torch.cat([U_t, U_c], dim=-1), torch.cat([V_t, V_c], dim=-1)
+            outside = subtract_product(U_t, U_c, matmul(U_c.mT, U_t)) if U_perp is None else U_t
+            U_t = polar(outside, overwrite=True)
+            U[..., k:] = U_t if U_perp is None else matmul(U_perp, U_t)
+            V[..., k:] = V_t
+            V = polar_beside(V, k)
         else:
-            U_all, V_all = polar(torch.cat([U_t, U_c], dim=-1)), polar(torch.cat([V_t, V_c], dim=-1))
+            U[..., k:], V[..., k:] = U_t, V_t
+            U, V = polar(U, overwrite=True), polar(V, overwrite=True)
         mean = torch.cat([S_t, S[..., :k]], dim=-1).mean(dim=-1)
-        return matmul(U_all, V_all.mT).mul_(mean[:, None, None])
+        return matmul(U, V.mT).mul_(mean[:, None, None])
+
+    @staticmethod
+    def _own(stack: Stack, t: int, q: int, U_c: Tensor, U_perp: Tensor | None) -> Factors:
+        """The q leading triplets of what D_t has outside the common left directions."""
+        D = stack.delta(t)
+        length = torch.stack([one.norm() for one in D.flatten(1)])
+        rest = matmul(U_perp.mT, D) if U_perp is not None else subtract_product(D, U_c, matmul(U_c.mT, D))
+        return _unless_noise(top_k(rest, q), length)
 
 
 def isotropic(D: Tensor) -> Tensor:
-    """mean(S) U Vᵀ (b, m, n) of D = U diag(S) Vᵀ."""
-    if not D.numel():
-        return D
-    P = polar(D)
-    return P.mul_((nuclear_norm(D, P) / min(D.shape[-2:]))[:, None, None])
+    """mean(S) U Vᵀ (b, m, n) of D = U diag(S) Vᵀ, whose place it takes."""
+    P, total = polar_and_norm(D, overwrite=True)
+    return P.mul_((total / max(1, min(D.shape[-2:])))[:, None, None])
 
 
 def _unless_noise(triplets: Factors, length: Tensor) -> Factors:

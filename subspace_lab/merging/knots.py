@@ -16,6 +16,7 @@ each task's largest entries among those of all matrices together; here it is don
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import reduce
 from typing import ClassVar, Literal
 
@@ -24,13 +25,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from subspace_lab.errors import UserError
+from subspace_lab.linalg.leading_eigh import leading_eigh
 from subspace_lab.linalg.precision import matmul
-from subspace_lab.linalg.svd import descending_eigh
 from subspace_lab.linalg.thin_svd import double_gram, double_product
 from subspace_lab.merging.base import Merge, Stack
 from subspace_lab.merging.ties import TIES
 
 _SMALLEST = 1e-5
+_ROWS = 256
 
 
 class KnOTS(Merge):
@@ -54,21 +56,25 @@ class KnOTS(Merge):
     def update(self, stack: Stack) -> Tensor:
         if stack.kind != "matrix" or not math.prod(stack.shape):
             return stack.mean()
-        gram: Tensor | None = None
-        for D in stack.deltas():
-            gram = double_gram(D.mT) if gram is None else gram.add_(double_gram(D.mT))
-        assert gram is not None
-        values, U = descending_eigh(gram)
+        gram = double_gram(stack.delta(0).mT)
+        for t in range(1, stack.models):
+            gram.add_(double_gram(stack.delta(t).mT))
+        values, U = leading_eigh(gram, gram.shape[-1], overwrite=True)
+        del gram
         known = values.sqrt() > _SMALLEST
-        U = U * known.unsqueeze(-2)
-        coordinates = (double_product(D.mT, U).mT for D in stack.deltas())
+        U.mul_(known.unsqueeze(-2))
+        coordinates = (double_product(stack.delta(t).mT, U).mT for t in range(stack.models))
         if self.inner == "sum":
             merged = reduce(Tensor.add_, coordinates)
         else:
             share = self.density * known.sum(dim=-1) * stack.shape[1]
             kept = share.floor().long().clamp_min(1)
-            merged = TIES(density=1).update(_Coordinates([largest(Z_t, kept) for Z_t in coordinates]))
-        return matmul(U.to(D.dtype), merged.view_as(D))
+            Z = [largest(Z_t, kept) for Z_t in coordinates]
+            merged = Z[0]
+            for parts in zip(*(torch.split(Z_t, _ROWS, dim=-2) for Z_t in Z), strict=True):
+                parts[0].copy_(TIES(density=1).update(_Coordinates(parts)).view_as(parts[0]))
+            del Z
+        return matmul(U.to(merged.dtype), merged)
 
 
 class _Coordinates(Stack):
@@ -76,7 +82,7 @@ class _Coordinates(Stack):
 
     kind = "other"
 
-    def __init__(self, Z: list[Tensor]) -> None:
+    def __init__(self, Z: Sequence[Tensor]) -> None:
         self._Z, self.names, self.models, self.shape = Z, ["Z"], len(Z), (Z[0].numel(),)
 
     @override
@@ -85,7 +91,7 @@ class _Coordinates(Stack):
 
     @override
     def tuned(self, t: int) -> Tensor:
-        return self._Z[t].reshape(1, -1)
+        return self._Z[t].reshape(1, -1).clone()
 
     @override
     def delta(self, t: int) -> Tensor:
@@ -93,7 +99,7 @@ class _Coordinates(Stack):
 
 
 def largest(Z: Tensor, kept: Tensor) -> Tensor:
-    """Z (b, m, n) with as many of its largest entries as `kept` (b,) says; ties at the threshold stay, the rest is 0.
+    """Z (b, m, n) with as many of its largest entries as `kept` (b,) says; ties stay, the rest becomes 0.
 
     The bits of |Z| as an integer have the order of the numbers: the threshold is found one bit at a time by counting.
     """
@@ -102,4 +108,4 @@ def largest(Z: Tensor, kept: Tensor) -> Tensor:
     for bit in reversed(range(8 * bits.element_size() - 1)):
         trial = least | (1 << bit)
         least = torch.where((bits >= trial).sum(dim=1, keepdim=True) >= kept.unsqueeze(1), trial, least)
-    return Z * (bits >= least).view_as(Z)
+    return Z.mul_((bits >= least).view_as(Z))

@@ -23,20 +23,32 @@ weakest projection; here it is the strongest.
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from subspace_lab.errors import UserError
-from subspace_lab.linalg.precision import matmul
-from subspace_lab.linalg.thin_svd import significant, thin_svd
+from subspace_lab.linalg.precision import matmul, subtract_product
+from subspace_lab.linalg.thin_svd import gram_eigen, significant, thin_svd
 from subspace_lab.merging.base import Stack
 from subspace_lab.merging.spectral import SpectralMerge
 
 if TYPE_CHECKING:
     from subspace_lab.merging.sources import Sources
+
+
+_ROWS, _ENTRIES = 512, 1 << 18
+_CONDITION = 1e3  # σ_max / σ_min up to which C is found without U, to the same accuracy
+
+
+class Directions(NamedTuple):
+    """Singular triplets of tall matrices; U is left out where N V S⁻¹ can stand for it."""
+
+    U: Tensor | None
+    S: Tensor
+    V: Tensor
 
 
 class OPCM(SpectralMerge):
@@ -81,36 +93,33 @@ class OPCM(SpectralMerge):
         N: Tensor | None = None
         squares = []
         for t in self.turns(stack.models):
+            # Before there are two matrices in memory.
+            found = directions(N) if N is not None and stack.kind == "matrix" and N.numel() else None
             D = stack.delta(t)
             squares.append(_square(D))
-            if N is None:
-                N = D
-            elif stack.kind == "matrix" and D.numel():
-                N = N.add_(self.outside(N, D))
-            else:
-                N = N.add_(D)
+            N = D if N is None else N.add_(D if found is None else self.outside(N, D, found))
+            del D, found
         assert N is not None
         self._squares[stack.names[0], stack.start] = torch.stack([*squares, _square(N)])
         return N
 
-    def outside(self, N: Tensor, D: Tensor) -> Tensor:
+    def outside(self, N: Tensor, D: Tensor, known: Directions) -> Tensor:
         """C (b, m, n), which takes D's place: D without what lies in the main directions of N."""
-        U, S, V = thin_svd(N)
+        if N.shape[-2] < N.shape[-1]:
+            return self.outside(N.mT, D.mT, known).mT
+        U, S, V = known
         share = S.cumsum(dim=-1) / S.sum(dim=-1, keepdim=True)
-        known = significant(S)
-        main = known if self.alpha == 1 else known & (share <= self.alpha)
+        there = significant(S)
+        main = there if self.alpha == 1 else there & (share <= self.alpha)
         s = int(main.sum(dim=-1).max())
+        V = V if self.zero_diagonal else V[..., :s]
+        block, diagonal = _coordinates(N, U, V, D, s)
+        if U is None:  # U = N V S⁻¹, here and where it is multiplied from the left
+            block, diagonal = block / S[..., :s, None].square(), diagonal / S[..., : V.shape[-1]].square()
         in_s = main[..., None, :s]
-        DV = matmul(D, V if self.zero_diagonal else V[..., :s])
-        block = matmul(U[..., :s].mT, DV[..., :s]) * in_s * in_s.mT
-        left = matmul(U[..., :s], block)
-        if not self.zero_diagonal:
-            return D.sub_(matmul(left, V[..., :s].mT))
-        diagonal = (U * DV).sum(dim=-2) * (known & ~main)
-        del DV
-        U.mul_(diagonal.unsqueeze(-2))
-        U[..., :s] += left
-        return D.sub_(matmul(U, V.mT))
+        K = V.mT * (diagonal * (there & ~main)[..., : V.shape[-1]]).unsqueeze(-1)
+        K[..., :s, :] += matmul(block * in_s * in_s.mT, V[..., :s].mT)
+        return subtract_product(D, N, matmul(V, K)) if U is None else subtract_product(D, U[..., : V.shape[-1]], K)
 
     @property
     @override
@@ -136,7 +145,34 @@ class OPCM(SpectralMerge):
         return super().metrics() | figures | ({"lambda": 1 / self.factor()} if norms else {})
 
 
+def directions(N: Tensor) -> Directions:
+    """Of N (b, m, n), seen as tall."""
+    if N.shape[-2] < N.shape[-1]:
+        return directions(N.mT)
+    found = gram_eigen(N, _CONDITION)
+    if found is None:
+        return Directions(*thin_svd(N))
+    return Directions(None, found[0].sqrt().to(N.dtype), found[1].to(N.dtype))
+
+
+def _coordinates(N: Tensor, U: Tensor | None, V: Tensor, D: Tensor, s: int) -> tuple[Tensor, Tensor]:
+    """First s × s block and diagonal of Uᵀ D V, or of (N V)ᵀ D V, for tall D (b, m, n) and some columns of V."""
+    if U is None:
+        DV = V.new_zeros(*V.shape[:-2], N.shape[-1], N.shape[-1])
+        for left, right in zip(torch.split(N, _ROWS, dim=-2), torch.split(D, _ROWS, dim=-2), strict=True):
+            DV += matmul(left.mT, right)
+        DV = matmul(DV, V)
+        return matmul(V[..., :s].mT, DV[..., :s]), (V * DV).sum(dim=-2)
+    block, diagonal = V.new_zeros(*V.shape[:-2], s, s), torch.zeros_like(V[..., 0, :])
+    for left, right in zip(torch.split(U, _ROWS, dim=-2), torch.split(D, _ROWS, dim=-2), strict=True):
+        DV = matmul(right, V)
+        block += matmul(left[..., :s].mT, DV[..., :s])
+        diagonal += (left[..., : V.shape[-1]] * DV).sum(dim=-2)
+    return block, diagonal
+
+
 def _square(A: Tensor) -> Tensor:
     """‖A‖² of all b tensors together, in float64."""
-    norm: Tensor = torch.linalg.vector_norm(A, dtype=torch.float64)
-    return norm.square()
+    # From a few rows at a time: torch converts what it is given as a whole.
+    norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in torch.split(A.flatten(), _ENTRIES)]
+    return torch.stack(norms).square().sum()

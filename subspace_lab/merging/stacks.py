@@ -13,7 +13,7 @@ from typing_extensions import override
 from subspace_lab.errors import UserError
 from subspace_lab.linalg.precision import full_precision
 from subspace_lab.merging.base import Stack
-from subspace_lab.merging.grouping import Group, Part, pieces
+from subspace_lab.merging.grouping import Group, Part, pieces, steps
 from subspace_lab.merging.settings import TensorRules
 from subspace_lab.merging.sources import Sources, TensorInfo
 
@@ -51,7 +51,12 @@ class SourceStack(Stack):
         return torch.empty(len(self.parts), count, dtype=self.dtype, device=self._sources.device)
 
     def _difference(self, t: int, part: Part, out: Tensor) -> Tensor:
-        return self._checked(torch.sub(self.view(t, part), self.view(None, part), out=out), t, part)
+        for step in steps(part):
+            place = out[step.start - part.start : step.stop - part.start]
+            torch.sub(self.view(t, step), self.view(None, step), out=place)
+            if self._whole:
+                self._sources.release()
+        return self._checked(out, t, part)
 
     def _checked(self, values: Tensor, model: int | None, part: Part) -> Tensor:
         if self._whole:

@@ -45,7 +45,15 @@ class TSVMerge(SpectralMerge):
         if stack.kind != "matrix":
             return stack.mean()
         q = max(1, min(stack.shape) // stack.models)
-        found = [top_k(D, q, approximate=self.solver == "gram") for D in stack.deltas()]
-        U, S, V = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
-        del found
-        return matmul(polar(U) * S.unsqueeze(-2), polar(V).mT)
+        D = stack.delta(0)
+        U, V = (D.new_empty(len(D), size, q * stack.models) for size in stack.shape)
+        values = []
+        for t in range(stack.models):
+            if t:
+                D = stack.delta(t)
+            place = slice(t * q, (t + 1) * q)
+            U[..., place], S_t, V[..., place] = top_k(D, q, approximate=self.solver == "gram")
+            values.append(S_t)
+            del D
+        S = torch.cat(values, dim=-1)
+        return matmul(polar(U, overwrite=True).mul_(S.unsqueeze(-2)), polar(V, overwrite=True).mT)

@@ -132,8 +132,8 @@ def test_polar_beside_an_orthonormal_basis(near: float, dtype: torch.dtype) -> N
     for split in (8, 25):  # few and many beside C
         left = torch.cat([T, C[:, :17]], dim=1) if split == 25 else T
         right = C[:, 17:] if split == 25 else C
-        u, _, v = torch.linalg.svd(torch.cat([left, right], dim=1), full_matrices=False)
-        both = torch.cat(polar_beside(left[None].to(dtype), right[None].to(dtype)), dim=-1)[0]
+        u, _, v = torch.linalg.svd(torch.cat([right, left], dim=1), full_matrices=False)
+        both = polar_beside(torch.cat([right, left], dim=1)[None].to(dtype), right.shape[1])[0]
         assert (both - u @ v).abs().max() < (1e-9 if dtype == torch.float64 else 1e-6 / near)
         assert orthogonality(both) < (1e-9 if dtype == torch.float64 else 5e-6)
 

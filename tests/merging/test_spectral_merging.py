@@ -20,7 +20,7 @@ from subspace_lab.merging import Merge, Stack, merge_state_dicts
 from subspace_lab.merging.base import Kind
 from subspace_lab.merging.iso import IsoC, IsoCTS
 from subspace_lab.merging.knots import KnOTS, largest
-from subspace_lab.merging.opcm import OPCM
+from subspace_lab.merging.opcm import OPCM, directions
 from subspace_lab.merging.tsv import TSVMerge
 
 
@@ -302,15 +302,18 @@ def test_tsv_of_more_tasks_than_directions_is_not_zero() -> None:
 def test_opcm_adds_nothing_along_what_is_there() -> None:
     for shape in ((40, 40), (90, 40), (40, 90)):
         N, D = (X.float()[None] for X in random_deltas(*shape, T=2))
-        C = OPCM().outside(N, D.clone())
+        known = directions(N)
+        C = OPCM().outside(N, D.clone(), known)
         assert abs(float((C * N).double().sum() / C.norm() / N.norm())) < 2e-7
         assert (
-            1e-4 < abs(float((OPCM(zero_diagonal=False).outside(N, D.clone()) * N).sum() / C.norm() / N.norm())) < 0.3
+            1e-4
+            < abs(float((OPCM(zero_diagonal=False).outside(N, D.clone(), known) * N).sum() / C.norm() / N.norm()))
+            < 0.3
         )
-        lengths = [float(OPCM(alpha).outside(N, D.clone()).norm()) for alpha in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)]
+        lengths = [float(OPCM(alpha).outside(N, D.clone(), known).norm()) for alpha in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)]
         assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(lengths))
         assert lengths[-1] < 0.98 * lengths[-2]  # α = 1 is the strongest
-        assert torch.equal(OPCM().outside(torch.zeros_like(N), D.clone()), D)  # a layer that was frozen until now
+        assert torch.equal(OPCM().outside(0 * N, D.clone(), directions(0 * N)), D)  # a layer that was frozen until now
 
 
 def test_opcm_order() -> None:
