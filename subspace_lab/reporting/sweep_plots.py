@@ -20,6 +20,7 @@ FOLDER = "plots"
 # Okabe & Ito's colours, distinguishable with any colour vision.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 _MOST_LINES = 14  # more are told by their best
+_MOST_LETTERS = 70  # side by side below bars
 
 Point = tuple[Mapping[str, str], float]  # the values of the keys that vary, and the figure
 Settings = tuple[tuple[str, str], ...]
@@ -124,7 +125,8 @@ def _bars(axes: Any, points: Sequence[Point], key: str, others: Sequence[str], s
         means.append(mean)
         sds.append(sd)
     axes.bar(range(len(names)), means, yerr=sds, capsize=4, width=0.6, color=_COLOURS[0], alpha=0.85)
-    axes.set_xticks(range(len(names)), names, fontsize=8)
+    crowded = sum(max(map(len, name.split("\n"))) for name in names) > _MOST_LETTERS
+    axes.set_xticks(range(len(names)), names, fontsize=8, **({"rotation": 45, "ha": "right"} if crowded else {}))
     low, high = min(m - s for m, s in zip(means, sds, strict=True)), max(m + s for m, s in zip(means, sds, strict=True))
     if low > 0 and low > 0.6 * high:  # differences would not be seen from zero
         axes.set_ylim(low - 0.6 * (high - low or low * 0.1), None)

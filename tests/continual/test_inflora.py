@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -218,28 +221,35 @@ def test_only_keys_and_values_of_a_fused_projection_move() -> None:
 
 def test_a_resume_goes_on_bit_for_bit_and_processes_agree() -> None:
     factory = partial(Adam, lr=0.02)
-    posted: dict[str, Tensor] = {}
-
-    def send(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        posted.clear()
-        posted.update(tensors)
-        return tensors
-
-    def nothing(*_: Any, **__: Any) -> Iterator[Batch]:
-        raise AssertionError("only the first process looks at data")
-
     method, model = InfLoRA(rank=3, threshold=0.8, variant="paper"), Net()
     follower = InfLoRA(rank=3, threshold=0.8, variant="paper")
+
+    def together(hook: str, task: int) -> None:
+        posted: list[dict[str, Tensor]] = []
+        both = threading.Barrier(2, timeout=60)
+
+        def gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            posted.append(tensors)
+            both.wait()
+            return {name: tensor for found in posted for name, tensor in found.items()}
+
+        def process(rank: int) -> None:
+            told = context(task, leads=rank == 0, split=lambda names: names[rank::2], gather=gather)
+            getattr((method, follower)[rank], hook)(nets[rank], told)
+
+        nets = (model, copy.deepcopy(model))
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(process, range(2)))
+        assert all(posted) and not posted[0].keys() & posted[1].keys()  # each layer is one process's
+
     for task in range(2):
-        method.begin_task(model, context(task, share=send))
-        follower.begin_task(model, context(task, leads=False, share=lambda _: dict(posted), batches=nothing))
+        together("begin_task", task)
         method.install(model, task)
         optimizer = method.build_optimizer(model, factory)
         for _ in range(4):
             step(model, optimizer, task)
         if task == 0:
-            method.end_task(model, context(0, share=send))
-            follower.end_task(model, context(0, leads=False, share=lambda _: dict(posted), batches=nothing))
+            together("end_task", 0)
     assert method.ranks() == follower.ranks() and method.memory.retains == follower.memory.retains
     file = io.BytesIO()
     torch.save({"method": method.state_dict(), "model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
