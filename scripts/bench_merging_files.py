@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=sorted(METHODS), default=list(METHODS))
     parser.add_argument("--folder", type=Path, help="where the checkpoints are made; default: the temporary folder")
     parser.add_argument("--mergekit", metavar="PYTHON", help="an interpreter with mergekit; without, ours alone")
-    options = parser.parse_args()
+    options, _ = parser.parse_known_args()  # make hands its ARGS to every script
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory(dir=options.folder) as made:
         folder = Path(made)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from subspace_lab.data.image_sources import KINDS, _digits
+from subspace_lab.data.image_sources import KINDS, digits
 from subspace_lab.data.splits import fixed_order
 from subspace_lab.data.supervised import Parts
 from subspace_lab.data.task_suite import HeldExamples, SuiteTask, TaskSuite, unique
@@ -106,7 +106,7 @@ class DigitsTasks(TaskSuite):
 
     @override
     def _make(self) -> tuple[SuiteTask | None, list[SuiteTask]]:
-        first, first_labels, second, second_labels = _digits()
+        first, first_labels, second, second_labels = digits()
         images = torch.cat([first, second]).float() / KINDS["digits"].white
         labels = torch.cat([first_labels, second_labels])
         order = torch.from_numpy(fixed_order(len(labels), "digits_tasks"))

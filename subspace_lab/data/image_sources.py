@@ -104,7 +104,7 @@ def load(dataset: str, data_dir: Path, cache_dir: Path) -> ImageSet:
     """
     note = ""
     if dataset == "digits":
-        parts = _digits()
+        parts = digits()
     elif dataset in ("cifar10", "cifar100"):
         parts = _cifar(dataset, data_dir, cache_dir)
     elif dataset == "gtsrb":
@@ -133,7 +133,7 @@ def load(dataset: str, data_dir: Path, cache_dir: Path) -> ImageSet:
     return ImageSet(*parts, digest.hexdigest(), note)
 
 
-def _digits() -> Tensors:
+def digits() -> Tensors:
     """1437 training and 360 test images of 8×8 pixels, values 0 … 16, by scikit-learn's stratified split 0."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split

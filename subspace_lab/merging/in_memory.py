@@ -73,8 +73,9 @@ def merge_state_dicts(
     Raises:
         UserError: a tensor has infinities or NaN.
     """
-    made = {name: torch.empty_like(W, memory_format=torch.contiguous_format) for name, W in base.items()}
-    merged = made if out is None else {name: out[name] for name in base}
+    if out is None:
+        out = {name: torch.empty_like(W, memory_format=torch.contiguous_format) for name, W in base.items()}
+    merged = {name: out[name] for name in base}
     sources = StateDicts(base, models, labels, device)
     run(method, sources, rules or TensorRules(), _Tensors(merged), shelf=_Kept)
     return merged

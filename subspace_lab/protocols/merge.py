@@ -86,10 +86,11 @@ class Merging:
 
     def _files(self, cfg: DictConfig, method: Merge, settings: MergeSettings, run_dir: Path) -> Outcome:
         from subspace_lab.merging.files import merge_files
+        from subspace_lab.protocols.experts import tell
 
         began = time.perf_counter()
         output = Path(settings.output).expanduser() if settings.output else run_dir / MERGED_FOLDER
-        found = merge_files(method, settings, output, lambda line: _tell(label_line(cfg, line)))
+        found = merge_files(method, settings, output, lambda line: tell(f"{cfg.method.name}  {line}"))
         figures = {f"merge/{name}": float(value) for name, value in method.metrics().items()}
         seconds = time.perf_counter() - began
         return Outcome(
@@ -112,11 +113,12 @@ class Merging:
                 "protocol=merge needs several tasks, and these data are one",
                 hint="data=digits_tasks, image_tasks …; or merge.models=[a.safetensors,b.safetensors] merge.base=…",
             )
-        missing = [name for name in suite.names if settings.models is not None and name not in settings.models]
-        if missing and settings.models is not None:
+        given = suite.names if settings.models is None else settings.models
+        missing = next((name for name in suite.names if name not in given), None)
+        if missing is not None:
             raise UserError(
-                f"merge.models has no checkpoint for task '{missing[0]}' of data={suite.dataset}",
-                hint=did_you_mean(missing[0], settings.models) or f"there are: {', '.join(settings.models)}",
+                f"merge.models has no checkpoint for task '{missing}' of data={suite.dataset}",
+                hint=did_you_mean(missing, given) or f"there are: {', '.join(given)}",
             )
         bench = Bench(self, cfg, plan, method, settings, suite, run_dir, label, resume_dir)
         outcome = bench.run()
@@ -146,14 +148,3 @@ class Merging:
             if hasattr(logger, "log_table"):
                 logger.log_table("accuracies", ["task", "base", "merged", "expert"], rows)
         assembling.close_loggers(loggers)
-
-
-def label_line(cfg: DictConfig, line: str) -> str:
-    """A line of progress with the method's name before it."""
-    return f"{cfg.method.name}  {line}"
-
-
-def _tell(line: str) -> None:
-    from subspace_lab.protocols.experts import tell
-
-    tell(line)
